@@ -1,0 +1,41 @@
+"""`fastattn <verb>`: one file a verb in this folder, found by name; heavy imports happen inside the verb."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import fastattn
+
+__all__ = ["UserError", "main"]
+
+VERBS = ("demo", "inspect", "verify", "bench", "export", "env")
+
+
+class UserError(Exception):
+    """Something the user can put right; printed as one line, exit status 2."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastattn", description=fastattn.__doc__)
+    parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name in VERBS:
+        module = import_module(f"fastattn.cli.{name}")
+        verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit status: 0 done, 1 the check it made failed, 2 wrong use."""
+    args = build_parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except (UserError, ValueError, OSError, ImportError) as error:
+        print(f"fastattn {args.verb}: {error}", file=sys.stderr)
+        return 2
+    return status

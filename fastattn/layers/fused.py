@@ -1,0 +1,100 @@
+"""Forwards that run a layer's work as fused operations, mixed into the classes that adapters swap in.
+
+Each names, as class attributes, the submodules it reads, and falls back to the layer's own forward where one
+of them is not plain (LoRA, hooks, quantized): right first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fastattn import ops
+from fastattn.layers.plain import is_plain
+
+__all__ = ["FusedActivation", "FusedLayer", "FusedResidualNorm", "project"]
+
+
+def project(x: Tensor, projections: list[nn.Module]) -> list[Tensor]:
+    """Every projection of `x`: packed where all are plain `nn.Linear`, each called where one is not."""
+    if all(is_plain(projection, nn.Linear) for projection in projections):
+        return ops.packed_linear(
+            x,
+            [projection.weight for projection in projections],  # type: ignore[misc]
+            [projection.bias for projection in projections],  # type: ignore[misc]
+        )
+    return [projection(x) for projection in projections]
+
+
+class FusedLayer(nn.Module):
+    """Base of every swapped-in class; `fastattn_original` is the class it takes the place of."""
+
+    fastattn_original: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def cannot_replace(cls, module: nn.Module) -> str | None:
+        """Why this instance cannot be swapped; None where it can."""
+        return None
+
+
+class FusedResidualNorm(FusedLayer):
+    """norm(residual + dropout(dense(x))) in one fused operation after the matrix product."""
+
+    dense_name: ClassVar[str] = "dense"
+    dropout_name: ClassVar[str] = "dropout"
+    norm_name: ClassVar[str] = "LayerNorm"
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        modules = self._modules
+        dropout, norm = modules[self.dropout_name], modules[self.norm_name]
+        if not (is_plain(dropout, nn.Dropout) and is_plain(norm, nn.LayerNorm)):
+            result: Tensor = super().forward(hidden_states, input_tensor)
+            return result
+        assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.LayerNorm)
+        x = modules[self.dense_name](hidden_states)  # type: ignore[misc]
+        dropout_p = dropout.p if dropout.training else 0.0
+        return ops.add_layer_norm(x, input_tensor, norm.weight, norm.bias, norm.eps, dropout_p)[0]
+
+
+class FusedActivation(FusedLayer):
+    """gelu(dense(x)), the bias and the activation in one fused operation."""
+
+    dense_name: ClassVar[str] = "dense"
+    activation_name: ClassVar[str] = "intermediate_act_fn"
+    # Activation class -> the approximation of `ops.bias_gelu` that computes it.
+    approximations: ClassVar[dict[str, str]] = {
+        "transformers.activations.GELUActivation": "none",
+        "transformers.activations.NewGELUActivation": "tanh",
+        "transformers.activations.GELUTanh": "tanh",
+    }
+
+    @classmethod
+    def approximation_of(cls, activation: Any) -> str | None:
+        kind = type(activation)
+        return cls.approximations.get(f"{kind.__module__}.{kind.__qualname__}")
+
+    @classmethod
+    def cannot_replace(cls, module: nn.Module) -> str | None:
+        activation = getattr(module, cls.activation_name)
+        if cls.approximation_of(activation) is None:
+            return (
+                f"its activation is {getattr(activation, '__name__', type(activation).__name__)}, not a GELU"
+            )
+        if getattr(module, cls.dense_name).bias is None:
+            return "its linear layer has no bias"
+        return None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dense, activation = self._modules[self.dense_name], getattr(self, self.activation_name)
+        approximate = self.approximation_of(activation)
+        if (
+            approximate is None
+            or not is_plain(dense, nn.Linear)
+            or not is_plain(activation, type(activation))
+        ):
+            result: Tensor = super().forward(hidden_states)
+            return result
+        assert isinstance(dense, nn.Linear)
+        return ops.bias_gelu(linear(hidden_states, dense.weight), dense.bias, approximate)

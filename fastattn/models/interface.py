@@ -1,0 +1,155 @@
+"""fastattn among transformers' attention implementations: the attention function, the mask function, and
+recording.
+
+Importing this module registers both under "fastattn" with transformers, the one thing fastattn changes
+globally.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.utils import output_capturing
+
+from fastattn import ops
+from fastattn.ops.attention_reference import attention_weights
+from fastattn.ops.validation import is_traced
+from fastattn.packing import Packing
+
+__all__ = ["NAME", "attention_forward", "is_recording_hook", "padding_mask", "recorded_outputs"]
+
+# Without "flash" in it: transformers takes such a name for a kernel to fetch from the Hub.
+NAME = "fastattn"
+
+# Keyword arguments that change the result and that this function does not compute.
+_UNSUPPORTED = (
+    "sliding_window",
+    "softcap",
+    "position_bias",
+    "s_aux",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "cache",
+)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function transformers calls.
+
+    Args:
+        module: the attention layer; its `is_causal` counts where the argument is None.
+        query: [B, Hq, Sq, D]; with `packing` [1, Hq, Tq, D].
+        key, value: [B, Hkv, Sk, D], not repeated for grouped queries.
+        attention_mask: bool padding mask [B, Sk], bool or additive 4-D mask, or None.
+        packing: the layout of a packed batch, whose padding is already gone.
+
+    Returns:
+        [B, Sq, Hq, D] contiguous, and the attention weights where the caller asked transformers to record
+        them.
+
+    Raises:
+        ValueError: a keyword argument that would change the result and is not supported.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f'attn_implementation="{NAME}" does not support {name}; use "sdpa" or "eager"')
+    if packing is not None:
+        out = ops.varlen_attention(
+            query[0].transpose(0, 1),
+            packing.keys(key[0].transpose(0, 1)),
+            packing.keys(value[0].transpose(0, 1)),
+            packing.cu_seqlens_q,
+            packing.cu_seqlens_k,
+            packing.length,
+            packing.length,
+            scale=scaling,
+            dropout_p=dropout,
+        )
+        assert isinstance(out, Tensor)
+        return out.unsqueeze(0), None
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    # A mask of four dimensions already holds the causality.
+    causal = bool(causal) and query.shape[2] > 1 and (attention_mask is None or attention_mask.dim() == 2)
+    mask = bias = None
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            mask = attention_mask
+        else:
+            bias = attention_mask
+    weights = None
+    if "attentions" in recorded_outputs() or "cross_attentions" in recorded_outputs():
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        weights = attention_weights(query, key, mask, bias, causal, key.shape[2] - query.shape[2], scale)
+        weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
+        group = query.shape[1] // value.shape[1]
+        out = (weights @ value.repeat_interleave(group, dim=1)).transpose(1, 2).contiguous()
+        return out, weights
+    out = ops.attention(
+        query, key, value, mask=mask, bias=bias, causal=causal, scale=scaling, dropout_p=dropout
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2), None
+
+
+def padding_mask(
+    *args: Any,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function transformers calls: a padding mask [B, Sk] stays two-dimensional.
+
+    Only where padding is all there is to hide and the caller does not need four dimensions; every other mask
+    (causal, sliding, packed) is built by transformers itself.
+
+    Returns:
+        None where nothing is hidden, bool [B, Sk], or bool [B, 1, Sq, Sk].
+    """
+    kwargs.pop("allow_is_causal_skip", None)
+    if mask_function is not bidirectional_mask_function or not allow_is_bidirectional_skip or kv_offset != 0:
+        mask: Tensor | None = sdpa_mask(
+            *args,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            # The causal mask is always built: its absence would mean different things to different cache
+            # types.
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            **kwargs,
+        )
+        return mask
+    if attention_mask is None or (not is_traced(attention_mask) and bool(attention_mask.all())):
+        return None
+    return attention_mask
+
+
+def recorded_outputs() -> frozenset[str]:
+    """What transformers records in the forward now running: "hidden_states", "attentions", ..."""
+    return frozenset(output_capturing._active_collector.get() or ())
+
+
+def is_recording_hook(hook: Any) -> bool:
+    """Whether a forward hook is transformers' own recorder, idle unless something is recorded."""
+    return getattr(hook, "__module__", None) == output_capturing.__name__
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, padding_mask)

@@ -1,0 +1,64 @@
+"""Checks of arguments shared by the operations: a clear error naming what was given and what is accepted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["autocast", "check_device", "check_dropout", "check_same", "is_traced", "shape_of", "shapes_of"]
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape_of(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def shapes_of(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {shape_of(query)}, key {shape_of(key)}, value {shape_of(value)}"
+
+
+def check_same(op: str, first: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Raise unless every tensor has the floating dtype and the device of `reference`, which is called
+    `first`.
+    """
+    if reference.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{op}: {first} is {reference.dtype}; accepted are float16, bfloat16, float32 and float64"
+        )
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != reference.dtype:
+            raise TypeError(
+                f"{op}: {name} is {other.dtype} but {first} is {reference.dtype}; they must agree"
+            )
+        check_device(op, first, reference, name, other)
+
+
+def check_device(op: str, first: str, reference: Tensor, name: str, other: Tensor) -> None:
+    if other.device != reference.device:
+        raise ValueError(
+            f"{op}: {name} is on {other.device} but {first} is on {reference.device}; move one of them"
+        )
+
+
+def check_dropout(op: str, dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}; it must lie in [0, 1]")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the active autocast dtype; as they are where autocast is off. float64 is left alone, as
+    PyTorch does.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether the values of `x` cannot be read now: compile or export is tracing, or `x` is fake."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0

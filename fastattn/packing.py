@@ -1,0 +1,101 @@
+"""Padding-free execution: pack once, run every layer on real tokens, unpack once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastattn.ops.validation import is_traced
+
+__all__ = ["PADDINGS", "Packing", "PackingError", "can_pack", "data_dependent_shapes"]
+
+PADDINGS = ("auto", "packed", "padded")
+
+_data_dependent: ContextVar[bool] = ContextVar("fastattn_data_dependent_shapes", default=False)
+
+
+class PackingError(RuntimeError):
+    """`padding="packed"` was asked for and this call cannot run packed; the message names the reason."""
+
+
+@contextmanager
+def data_dependent_shapes() -> Iterator[None]:
+    """Pack while `torch.export` traces, though the number of real tokens is then a symbol.
+
+    A flag of our own: before torch 2.14 `torch.compiler.is_exporting()` is also true under `torch.compile`,
+    which cannot take such a symbol without a graph break.
+    """
+    token = _data_dependent.set(True)
+    try:
+        yield
+    finally:
+        _data_dependent.reset(token)
+
+
+def can_pack(x: Tensor) -> bool:
+    """Whether shapes may depend on the values of `x` here: outside tracing, and while our export traces."""
+    # Dynamo cannot read a ContextVar; our export traces without it.
+    return not torch.compiler.is_dynamo_compiling() and (not is_traced(x) or _data_dependent.get())
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which tokens of a padded batch [B, S] are computed, and where their sequences begin and end.
+
+    Computed are the real tokens and the first token of every sequence, which heads read even where it is
+    padding (left padding); such a first token is a query but never a key.
+
+    Attributes:
+        rows: int64 [Tq], the positions of computed tokens in the flattened batch.
+        key_rows: int64 [Tk], which of the computed tokens are real; None when all are.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], bounds of the sequences among computed and among real
+            tokens.
+        batch_size: B.
+        length: S, an upper bound of every sequence's length.
+    """
+
+    rows: Tensor
+    key_rows: Tensor | None
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    batch_size: int
+    length: int
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Packing | None:
+        """The packing of a padding mask, bool [B, S] with True = real; None where nothing is padding."""
+        batch_size, length = mask.shape
+        traced = is_traced(mask)
+        if not traced and bool(mask.all()):
+            return None
+        first = torch.arange(length, device=mask.device) == 0
+        computed = mask | first
+        rows = computed.flatten().nonzero().squeeze(1)
+        cu_seqlens_q = _bounds(computed)
+        if not traced and bool(mask[:, 0].all()):
+            return cls(rows, None, cu_seqlens_q, cu_seqlens_q, batch_size, length)
+        key_rows = mask.flatten()[rows].nonzero().squeeze(1)
+        return cls(rows, key_rows, cu_seqlens_q, _bounds(mask), batch_size, length)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[B, S, N] -> [1, Tq, N]: the computed tokens, sequence after sequence."""
+        return padded.flatten(0, 1).index_select(0, self.rows).unsqueeze(0)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[1, Tq, N] -> [B, S, N], zeros where nothing was computed."""
+        padded = packed.new_zeros(self.batch_size * self.length, packed.shape[-1])
+        return padded.index_copy(0, self.rows, packed[0]).view(self.batch_size, self.length, -1)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[Tq, ...] -> [Tk, ...]: the rows that are real tokens."""
+        return x if self.key_rows is None else x.index_select(0, self.key_rows)
+
+
+def _bounds(mask: Tensor) -> Tensor:
+    return pad(mask.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)

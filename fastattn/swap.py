@@ -1,0 +1,295 @@
+"""optimize, restore, optimized: swap fused layers into a model in place, report it, and put everything
+back.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastattn.layers import FusedLayer
+from fastattn.models.family import Family, Site, families_in, known_families
+from fastattn.packing import PADDINGS
+from fastattn.report import format_table
+
+__all__ = ["SiteReport", "SwapReport", "is_swapped", "optimize", "optimized", "plan", "restore"]
+
+MODES = ("auto", "inference", "training")
+
+# Instance attributes of swapped modules; `restore` takes them away again.
+_ORIGINAL_CONFIG = "_fastattn_original_config"
+_PADDING = "fastattn_padding"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One layer: its name in the model, its kind, whether it is swapped, and why not."""
+
+    name: str
+    kind: str
+    status: str
+    reason: str = ""
+
+
+@dataclass
+class SwapReport:
+    """What `optimize` did. `sites` has one entry a layer, `notes` what holds for the whole model."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def swapped(self) -> int:
+        return sum(site.status == "swapped" for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"sites": [asdict(site) for site in self.sites], "notes": list(self.notes)}
+
+    def table(self) -> str:
+        """Swapped layers counted by kind, then every skipped layer with its reason, then the notes."""
+        counts = Counter((site.kind, site.status) for site in self.sites)
+        rows = [(kind, status, count) for (kind, status), count in counts.items()]
+        parts = [format_table(("kind", "status", "layers"), rows)]
+        skipped = [(site.name or "(model)", site.kind, site.reason) for site in self.sites if site.reason]
+        if skipped:
+            parts.append(format_table(("skipped layer", "kind", "reason"), skipped))
+        parts.extend(f"note: {note}" for note in self.notes)
+        return "\n\n".join(parts)
+
+
+@dataclass
+class _Plan:
+    """What would be done: nothing in the model has changed yet."""
+
+    report: SwapReport
+    swaps: list[tuple[nn.Module, Site]]
+    configs: list[Any]
+
+
+def plan(model: nn.Module, exclude: Sequence[str] = ()) -> SwapReport:
+    """The report `optimize` would give, without changing the model."""
+    return _plan(model, tuple(exclude)).report
+
+
+def optimize(
+    model: nn.Module,
+    mode: str = "auto",
+    padding: str = "auto",
+    cuda_graphs: bool = False,
+    exclude: Sequence[str] = (),
+) -> SwapReport:
+    """Swap fused layers into `model`, in place: same parameters, same state_dict, same class names.
+
+    Args:
+        model: any `nn.Module` that holds layers of a known family; it keeps working for training, saving and
+            export.
+        mode: "auto", "inference" or "training". Every swap of this version serves both, so all three swap the
+            same.
+        padding: "auto" runs encoders on real tokens only wherever the call allows it, "packed" raises where
+            it does
+            not, "padded" never does. Padded positions of a packed encoder's last hidden state are zero.
+        cuda_graphs: not available in this version; True raises.
+        exclude: names of modules to leave alone, as `named_modules` gives them, with shell wildcards.
+
+    Returns:
+        The report: every layer swapped or skipped, with the reason. Calling twice changes nothing more,
+        except that `padding` takes the new value.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`, or is compiled or scripted.
+        ValueError: an argument that is none of the accepted values, or a pattern in `exclude` that matches
+            nothing.
+
+    Example:
+        >>> import fastattn, transformers
+        >>> config = transformers.BertConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
+        >>> fastattn.optimize(transformers.BertModel(config)).swapped
+        9
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
+    if padding not in PADDINGS:
+        raise ValueError(f"padding is {padding!r}; it must be one of {PADDINGS}")
+    if cuda_graphs:
+        raise ValueError("cuda_graphs=True is not available in this version; leave it False")
+    planned = _plan(model, tuple([exclude] if isinstance(exclude, str) else exclude))
+    changed: list[nn.Module] = []
+    try:
+        _apply(model, planned, padding, changed)
+    except BaseException:
+        for module in changed:
+            _restore_module(module)
+        raise
+    return planned.report
+
+
+def restore(model: nn.Module) -> None:
+    """Put back the classes and the config object `model` had before `optimize`; a model never swapped is left
+    alone.
+
+    Settings changed on the model's config in between are carried over to the original config object.
+    """
+    _check_module(model)
+    for module in model.modules():
+        _restore_module(module)
+
+
+@contextmanager
+def optimized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+    """`optimize(model, **options)` for the duration of a `with` statement; a model already swapped stays so.
+
+    Example:
+        >>> import fastattn, transformers
+        >>> model = transformers.BertModel(
+        ...     transformers.BertConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+        ... )
+        >>> with fastattn.optimized(model):
+        ...     type(model.encoder).__module__
+        'fastattn.models.bert'
+        >>> type(model.encoder).__module__
+        'transformers.models.bert.modeling_bert'
+    """
+    before = is_swapped(model)
+    optimize(model, **options)
+    try:
+        yield model
+    finally:
+        if not before:
+            restore(model)
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Whether any layer of `model` is a fused one."""
+    return any(isinstance(module, FusedLayer) for module in model.modules())
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is accepted")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model is scripted: its layers can no longer be swapped; optimize it before torch.jit"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("model is compiled: call fastattn on the model before torch.compile, then compile it")
+
+
+def _plan(model: nn.Module, exclude: tuple[str, ...]) -> _Plan:
+    _check_module(model)
+    families = families_in(model)
+    names = {name: module for name, module in model.named_modules()}
+    for pattern in exclude:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude names {pattern!r}, which no module of the model is called")
+    planned = _Plan(SwapReport(), [], [])
+    for name, module in names.items():
+        for family in families:
+            _plan_module(planned, family, name, module, exclude)
+    if not planned.report.sites:
+        planned.report.sites.append(
+            SiteReport(
+                "",
+                "model",
+                "skipped",
+                f"{type(model).__name__} has no layer of a known family ({', '.join(known_families())})",
+            )
+        )
+    _plan_configs(planned, families, names)
+    return planned
+
+
+def _plan_module(
+    planned: _Plan, family: Family, name: str, module: nn.Module, exclude: tuple[str, ...]
+) -> None:
+    for site in family.sites:
+        original = site.replacement.fastattn_original
+        if not isinstance(module, original):
+            continue
+        reason = ""
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+            reason = "excluded by the caller"
+        elif type(module) is site.replacement:
+            pass
+        elif type(module) is not original:
+            reason = (
+                f"{type(module).__qualname__} is a subclass of {original.__name__} with a forward of its own"
+            )
+        elif "forward" in module.__dict__:
+            reason = "its forward is replaced on the instance (an accelerate hook, for one)"
+        else:
+            reason = site.replacement.cannot_replace(module) or ""
+        status = "skipped" if reason else "swapped"
+        planned.report.sites.append(SiteReport(name, site.kind, status, reason))
+        if not reason:
+            planned.swaps.append((module, site))
+
+
+def _plan_configs(planned: _Plan, families: tuple[Family, ...], names: dict[str, nn.Module]) -> None:
+    """Choose the configs to switch to our attention: those whose attention layers will all understand our
+    mask.
+    """
+    swapped = {id(module) for module, _ in planned.swaps}
+    untouched: dict[int, str] = {}
+    owners: dict[int, Any] = {}
+    for name, module in names.items():
+        for family in families:
+            if not isinstance(module, family.attention):
+                continue
+            config = module.config
+            owners[id(config)] = config
+            swappable = any(isinstance(module, site.replacement.fastattn_original) for site in family.sites)
+            if swappable and id(module) not in swapped:
+                untouched.setdefault(id(config), name)
+    for key, config in owners.items():
+        if key in untouched:
+            planned.report.notes.append(
+                f"attention layer {untouched[key]} is left alone and needs the original's mask, "
+                "so the encoder around it runs padded"
+            )
+        else:
+            planned.configs.append(config)
+
+
+def _apply(model: nn.Module, planned: _Plan, padding: str, changed: list[nn.Module]) -> None:
+    """Carry the plan out; `changed` collects the modules that were not as they are now."""
+    if not planned.swaps:
+        return
+    from fastattn.models.interface import NAME
+
+    for config in planned.configs:
+        if config._attn_implementation == NAME:
+            continue
+        replacement = copy.deepcopy(config)
+        replacement._attn_implementation = NAME
+        for module in model.modules():
+            if module.__dict__.get("config") is config:
+                changed.append(module)
+                module.__dict__[_ORIGINAL_CONFIG] = config
+                module.__dict__["config"] = replacement
+    for module, site in planned.swaps:
+        if type(module) is not site.replacement:
+            changed.append(module)
+            module.__class__ = site.replacement
+        if site.kind == "encoder":
+            module.__dict__[_PADDING] = padding
+
+
+def _restore_module(module: nn.Module) -> None:
+    if isinstance(module, FusedLayer):
+        module.__dict__.pop(_PADDING, None)
+        module.__class__ = module.fastattn_original  # type: ignore[assignment]
+    original = module.__dict__.pop(_ORIGINAL_CONFIG, None)
+    if original is not None:
+        changed = module.__dict__["config"]
+        for name, value in changed.__dict__.items():
+            if name != "_attn_implementation_internal" and original.__dict__.get(name) != value:
+                setattr(original, name, value)
+        module.__dict__["config"] = original
