@@ -19,6 +19,7 @@ __all__ = [
     "VerificationError",
     "VerificationReport",
     "adversarial_batches",
+    "real_positions",
     "shared_copy",
     "verify",
 ]
@@ -225,11 +226,20 @@ def _multiple_choice(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str,
     return dict(batch)
 
 
-def _real_positions(value: Tensor, mask: Tensor | None) -> Tensor:
-    """The part of an output that is compared: real tokens where it has one row a token, else all of it."""
-    if mask is not None and value.shape[:2] == mask.shape and value.dim() >= 2:
-        return value[mask.bool()]
-    return value
+def real_positions(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
+    """What of an output is compared: real tokens where it has one value a token, else whole sequences.
+
+    Args:
+        name: the output's name.
+        value: any shape.
+        mask: [B, S], nonzero where a position is real; None compares everything.
+    """
+    if mask is None or not value.shape or value.shape[0] != mask.shape[0]:
+        return value
+    real = mask.to(value.device) != 0
+    # A pooled output is [B, H]: with H equal to the length it only looks like one value a token.
+    per_token = value.shape[:2] == real.shape and "pool" not in name
+    return value[real] if per_token else value[real.any(dim=1)]
 
 
 def _compare(
@@ -243,12 +253,12 @@ def _compare(
         if name not in found:
             yield CaseResult(case, name, float("inf"), TOLERANCE, 0.0, False)
             continue
-        true = _real_positions(value, mask).double()
+        true = real_positions(name, value, mask).double()
         scale = true.abs().max().item() if true.numel() else 0.0
-        got = _real_positions(found[name], mask).double()
+        got = real_positions(name, found[name], mask).double()
         tolerance = TOLERANCE
         if exact is not None:
-            own = _real_positions(expected[name], mask).double()
+            own = real_positions(name, expected[name], mask).double()
             tolerance = 2 * _relative(own - true, scale) + 2 * torch.finfo(found[name].dtype).eps
         yield CaseResult(
             case,
@@ -279,9 +289,9 @@ def _lone_padding(model: nn.Module) -> Iterator[CaseResult]:
     for name, value in found.items():
         if value.shape[:1] != mask.shape[:1]:
             continue
-        expected = _real_positions(alone[name], mask[kept]).double()
+        expected = real_positions(name, alone[name], mask[kept]).double()
         scale = expected.abs().max().item()
-        difference = _real_positions(value[kept], mask[kept]).double() - expected
+        difference = real_positions(name, value[kept], mask[kept]).double() - expected
         eps = torch.finfo(value.dtype).eps if value.dtype in (torch.float16, torch.bfloat16) else 0.0
         yield CaseResult(
             "a row of padding",
@@ -306,8 +316,8 @@ def _compare_gradients(
         with torch.enable_grad():
             outputs = _outputs(which, batch)
             losses = [
-                (_real_positions(value, mask) * _weights_like(_real_positions(value, mask))).sum()
-                for value in outputs.values()
+                _varied_sum(real_positions(name, value, mask))
+                for name, value in outputs.items()
                 if value.is_floating_point() and value.requires_grad
             ]
             return list(torch.autograd.grad(losses, wanted, allow_unused=True))
@@ -324,11 +334,7 @@ def _compare_gradients(
     )
 
 
-def _weights_like(value: Tensor) -> Tensor:
-    """Fixed, varied weights, so that no symmetry of the loss hides an error."""
-    count = value.numel()
-    return (
-        torch.sin(torch.arange(count, device=value.device, dtype=torch.float32))
-        .to(value.dtype)
-        .view(value.shape)
-    )
+def _varied_sum(value: Tensor) -> Tensor:
+    """A sum with fixed, varied weights, so that no symmetry of the loss hides an error."""
+    weights = torch.sin(torch.arange(value.numel(), device=value.device, dtype=torch.float32))
+    return (value * weights.to(value.dtype).view(value.shape)).sum()
