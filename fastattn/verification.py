@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ __all__ = [
     "VerificationError",
     "VerificationReport",
     "adversarial_batches",
+    "compare_outputs",
+    "lone_padding",
     "real_positions",
     "shared_copy",
     "verify",
@@ -141,9 +144,12 @@ def verify(
     exact = _exact_copy(reference)
     with _evaluating(model, reference):
         for case, batch in batches.items():
-            report.results.extend(_compare(case, model, reference, exact, batch))
+            with torch.no_grad():
+                found, expected = _outputs(model, batch), _outputs(reference, batch)
+                truth = None if exact is None else _outputs(exact, batch)
+            report.results.extend(compare_outputs(case, found, expected, batch.get("attention_mask"), truth))
         if inputs is None:
-            report.results.extend(_lone_padding(model))
+            report.results.extend(lone_padding(partial(_outputs, model), batches["right padding"]))
             report.results.extend(_compare_gradients(model, reference, batches["right padding"]))
     if not report.passed:
         raise VerificationError(report)
@@ -169,6 +175,7 @@ def adversarial_batches(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is None:
         raise ValueError(f"{type(model).__name__} has no config.vocab_size to draw a batch from; give inputs")
+    types = getattr(config, "type_vocab_size", 0)
     longest = min(getattr(config, "max_position_embeddings", 48), 48)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -178,7 +185,10 @@ def adversarial_batches(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         position = torch.arange(width)
         length = torch.tensor(lengths)[:, None]
         mask = position >= width - length if left else position < length
-        return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
+        tensors = {"input_ids": ids, "attention_mask": mask.long()}
+        if types > 1:
+            tensors["token_type_ids"] = torch.randint(0, types, ids.shape, generator=generator)
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     half, third = max(1, longest // 2), max(1, longest // 3)
     lengths = [longest, half, 1, third]
@@ -232,42 +242,46 @@ def real_positions(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
     Args:
         name: the output's name.
         value: any shape.
-        mask: [B, S], nonzero where a position is real; None compares everything.
+        mask: [B, S] (or [B, choices, S]), nonzero where a position is real; None compares everything.
     """
     if mask is None or not value.shape or value.shape[0] != mask.shape[0]:
         return value
     real = mask.to(value.device) != 0
     # A pooled output is [B, H]: with H equal to the length it only looks like one value a token.
-    per_token = value.shape[:2] == real.shape and "pool" not in name
-    return value[real] if per_token else value[real.any(dim=1)]
+    per_token = value.shape[: real.dim()] == real.shape and "pool" not in name
+    return value[real] if per_token else value[real.flatten(1).any(dim=1)]
 
 
-def _compare(
-    case: str, model: nn.Module, reference: nn.Module, exact: nn.Module | None, batch: Mapping[str, Tensor]
+def compare_outputs(
+    case: str,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    mask: Tensor | None,
+    truth: Mapping[str, Tensor] | None = None,
 ) -> Iterator[CaseResult]:
-    mask = batch.get("attention_mask")
-    with torch.no_grad():
-        found, expected = _outputs(model, batch), _outputs(reference, batch)
-        truth = expected if exact is None else _outputs(exact, batch)
-    for name, value in truth.items():
+    """Every output of one batch at real positions; an output that is missing fails.
+
+    Args:
+        case: the batch's name.
+        found: the outputs to judge.
+        expected: the reference's.
+        mask: the batch's padding mask, or None to compare all.
+        truth: the float32 reference's outputs where both are half precision: what both errors are measured
+            from.
+    """
+    for name, value in expected.items():
         if name not in found:
             yield CaseResult(case, name, float("inf"), TOLERANCE, 0.0, False)
             continue
-        true = real_positions(name, value, mask).double()
+        own = real_positions(name, value, mask).double()
+        true = own if truth is None else real_positions(name, truth[name], mask).double()
         scale = true.abs().max().item() if true.numel() else 0.0
-        got = real_positions(name, found[name], mask).double()
         tolerance = TOLERANCE
-        if exact is not None:
-            own = real_positions(name, expected[name], mask).double()
-            tolerance = 2 * _relative(own - true, scale) + 2 * torch.finfo(found[name].dtype).eps
-        yield CaseResult(
-            case,
-            name,
-            _relative(got - true, scale),
-            tolerance,
-            scale,
-            bool(torch.isfinite(found[name]).all()),
-        )
+        if truth is not None:
+            tolerance = 2 * _relative(own - true, scale) + 2 * torch.finfo(value.dtype).eps
+        error = _relative(real_positions(name, found[name], mask).double() - true, scale)
+        finite = bool(torch.isfinite(found[name]).all())
+        yield CaseResult(case, name, error, tolerance, scale, finite)
 
 
 def _relative(difference: Tensor, scale: float) -> float:
@@ -277,30 +291,26 @@ def _relative(difference: Tensor, scale: float) -> float:
     return worst / scale if scale else worst
 
 
-def _lone_padding(model: nn.Module) -> Iterator[CaseResult]:
-    """A row of nothing but padding: finite, and without influence on the rows beside it."""
-    batch = adversarial_batches(model)["right padding"]
+def lone_padding(
+    run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], batch: Mapping[str, Tensor]
+) -> Iterator[CaseResult]:
+    """The batch with its second row all padding: finite, and without influence on the rows beside it."""
     mask = batch["attention_mask"].clone()
     mask[1] = 0
+    padded = {**batch, "attention_mask": mask}
     kept = [0, *range(2, mask.shape[0])]
     with torch.no_grad():
-        found = _outputs(model, {"input_ids": batch["input_ids"], "attention_mask": mask})
-        alone = _outputs(model, {"input_ids": batch["input_ids"][kept], "attention_mask": mask[kept]})
-    for name, value in found.items():
+        together = run(padded)
+        alone = run({name: tensor[kept] for name, tensor in padded.items()})
+    for name, value in together.items():
         if value.shape[:1] != mask.shape[:1]:
             continue
         expected = real_positions(name, alone[name], mask[kept]).double()
         scale = expected.abs().max().item()
-        difference = real_positions(name, value[kept], mask[kept]).double() - expected
+        error = _relative(real_positions(name, value[kept], mask[kept]).double() - expected, scale)
         eps = torch.finfo(value.dtype).eps if value.dtype in (torch.float16, torch.bfloat16) else 0.0
-        yield CaseResult(
-            "a row of padding",
-            name,
-            _relative(difference, scale),
-            max(TOLERANCE, 4 * eps),
-            scale,
-            bool(torch.isfinite(value).all()),
-        )
+        finite = bool(torch.isfinite(value).all())
+        yield CaseResult("a row of padding", name, error, max(TOLERANCE, 4 * eps), scale, finite)
 
 
 def _compare_gradients(

@@ -1,4 +1,6 @@
-"""What is installed: the wheel holds the library and the device code, and the kernels/ folder shadows nobody."""
+"""What is installed: the wheel holds the library and the device code, and the kernels/ folder shadows
+nobody.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,18 @@ def wheel(tmp_path_factory) -> Path:
     ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.egg-info", "build", "dist", "shared")
     shutil.copytree(ROOT, source, ignore=ignored)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            folder,
+            source,
+        ],
         check=True,
     )
     (built,) = folder.glob("*.whl")

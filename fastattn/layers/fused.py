@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear
 
 from fastattn import ops
+from fastattn.backend import backend_for
 from fastattn.layers.plain import is_plain
+from fastattn.ops.validation import is_traced
 
 __all__ = ["FusedActivation", "FusedLayer", "FusedResidualNorm", "project"]
 
@@ -97,4 +100,12 @@ class FusedActivation(FusedLayer):
             result: Tensor = super().forward(hidden_states)
             return result
         assert isinstance(dense, nn.Linear)
-        return ops.bias_gelu(linear(hidden_states, dense.weight), dense.bias, approximate)
+        if is_traced(hidden_states) or backend_for(hidden_states.device) != "torch":
+            return ops.bias_gelu(linear(hidden_states, dense.weight), dense.bias, approximate)
+        # PyTorch's own product adds the bias for free; a separate addition is one pass over the widest
+        # tensor.
+        expanded = linear(hidden_states, dense.weight, dense.bias)
+        if expanded.requires_grad:
+            return gelu(expanded, approximate=approximate)
+        result = torch.ops.aten.gelu_(expanded, approximate=approximate)
+        return result

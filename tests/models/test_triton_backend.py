@@ -1,4 +1,6 @@
-"""A swapped model through the Triton kernels, in Triton's interpreter: the same answers as through PyTorch."""
+"""A swapped model through the Triton kernels, in Triton's interpreter: the same answers as through
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -65,5 +67,7 @@ def test_swapped_bert_in_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    launched = "['add_layer_norm_forward', 'attention_forward', 'bias_gelu_forward', 'varlen_attention_forward']"
+    launched = (
+        "['add_layer_norm_forward', 'attention_forward', 'bias_gelu_forward', 'varlen_attention_forward']"
+    )
     assert result.stdout.strip().endswith(launched)

@@ -1,0 +1,55 @@
+"""Adding nodes while a translation is recorded: contrib operators, and operators that hold a subgraph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import evaluator
+from onnxscript import opset20 as op
+
+__all__ = ["CONTRIB_DOMAIN", "Subgraph", "emit", "vector"]
+
+# ONNX Runtime's own operators.
+CONTRIB_DOMAIN = "com.microsoft"
+
+
+def emit(op_type: str, inputs: Sequence[Any], domain: str = "", **attributes: Any) -> Any:
+    """Record a node that onnxscript's functions cannot: contrib, with a subgraph, or with outputs left out.
+
+    Trailing absent inputs are dropped. Returns the node's only output.
+    """
+    present = list(inputs)
+    while present and present[-1] is None:
+        present.pop()
+    node = ir.node(op_type, present, attributes=attributes or None, domain=domain)
+    # While torch.onnx translates, the default evaluator is its recorder.
+    evaluator.default().nodes.append(node)
+    return node.outputs[0]
+
+
+def vector(*elements: int) -> Any:
+    """A constant int64 vector, for where the recorder cannot tell the dtype of a Python list."""
+    return op.Constant(value_ints=list(elements))
+
+
+class Subgraph:
+    """The body of a control-flow node under construction; it may use any value of the graph around it."""
+
+    def __init__(self, name: str, inputs: Sequence[Any] = ()) -> None:
+        self._name = name
+        self._inputs = inputs
+        self._nodes: list[Any] = []
+
+    def add(self, op_type: str, inputs: Sequence[Any], domain: str = "", **attributes: Any) -> Any:
+        """Append a node and return its only output."""
+        node = ir.node(op_type, inputs, attributes=attributes or None, domain=domain)
+        self._nodes.append(node)
+        return node.outputs[0]
+
+    def graph(self, outputs: Sequence[tuple[Any, Any]]) -> Any:
+        """The finished graph; `outputs` are pairs of a value and its type."""
+        for value, value_type in outputs:
+            value.type = value_type
+        return ir.Graph(self._inputs, [value for value, _ in outputs], nodes=self._nodes, name=self._name)

@@ -1,0 +1,116 @@
+"""Launch choices of the attention kernel: data picked by rule, never by timing in a user's call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+__all__ = ["MAX_HEAD_DIM", "AttentionConfig", "choose_attention_config"]
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tile sizes and parallelism of one launch.
+
+    Attributes:
+        block_m: queries a program, a power of two of at least 16.
+        block_n: keys a loop step, a power of two of at least 16.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline over key blocks.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"{name} is {size}; it must be a power of two of at least 16")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps is {self.num_warps}; it must be 1, 2, 4, 8 or 16")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages is {self.num_stages}; it must be at least 1")
+
+
+# By architecture and padded head size: the launch of plain scores, and that of crowded ones, where a mask or
+# bias per query or dropout takes registers beside them. Compiled, not timed: the largest tiles that do not
+# spill on Triton 3.7.1 (crowded ones may, by under 400 bytes, with everything at once over unaligned masks
+# and biases).
+HALF_PRECISION: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = {
+    # 4 warps spill at 128 x 64, as do 64 keys at 128 wide heads. All fit the 99 KiB of sm_86, sm_89 and
+    # sm_120, too.
+    "sm_80": {
+        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 32, 8, 3)),
+        128: (AttentionConfig(128, 32, 8, 3), AttentionConfig(128, 32, 8, 3)),
+        256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 32, 8, 2)),
+    },
+    # Two warpgroups, so that one's softmax overlaps the other's wgmma.
+    "sm_90": {
+        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 3)),
+        128: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 32, 8, 3)),
+        256: (AttentionConfig(128, 64, 8, 2), AttentionConfig(128, 32, 8, 2)),
+    },
+    # tcgen05. At 64, plain scores over 64 keys are held to 128 registers by ptxas and spill, as do 4 warps.
+    "sm_100": {
+        64: (AttentionConfig(128, 32, 8, 3), AttentionConfig(128, 64, 8, 3)),
+        128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 32, 8, 3)),
+        256: (AttentionConfig(128, 32, 8, 2), AttentionConfig(128, 32, 8, 2)),
+    },
+    # 64 KiB of shared memory and warps of 64 threads. At 128, 64 keys and two stages spill on Triton 3.9.
+    "gfx942": {
+        64: (AttentionConfig(128, 64, 4, 2), AttentionConfig(128, 64, 4, 2)),
+        128: (AttentionConfig(128, 32, 4, 2), AttentionConfig(128, 32, 8, 1)),
+        256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 32, 8, 2)),
+    },
+}
+# Exact float32 products run outside the tensor cores, in tiles that registers bound, not bandwidth: at 128,
+# 32 keys or 4 warps spill on sm_90. Fewer than 64 queries: at 64 Triton 3.7.1 takes tcgen05, and so TF32, on
+# sm_100 whatever precision is asked for.
+SINGLE_PRECISION = {
+    64: AttentionConfig(32, 16, 4, 2),
+    128: AttentionConfig(32, 16, 8, 3),
+    256: AttentionConfig(32, 16, 8, 2),
+}
+
+
+@cache
+def choose_attention_config(
+    block_d: int, dtype: torch.dtype, architecture: str, query_block: int, crowded: bool
+) -> AttentionConfig:
+    """The launch choices of one call.
+
+    Args:
+        block_d: padded head size, the larger of key's and value's.
+        dtype: of query, key and value.
+        architecture: as `architecture_of` names it.
+        query_block: the power of two, at least 16, that holds the most queries a sequence has.
+        crowded: whether a mask or bias per query, or dropout, joins the scores in registers.
+    """
+    size = max(64, block_d)
+    if dtype == torch.float32:
+        config = SINGLE_PRECISION[size]
+    else:
+        config = HALF_PRECISION[_family(architecture)][size][crowded]
+    # Few queries (a packed batch's pooled tokens, short cross attention) would leave most of a tall tile
+    # empty.
+    if query_block < config.block_m:
+        # The warps share the keys then: at wide heads 64 of them spill on sm_90 and sm_80.
+        keys = min(config.block_n, 64 if size <= 64 else 32)
+        config = replace(config, block_m=query_block, block_n=keys, num_warps=min(config.num_warps, 4))
+    return config
+
+
+def _family(architecture: str) -> str:
+    """Whose choices `architecture` takes: consumer Blackwell and Ada have neither wgmma nor tcgen05."""
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    if architecture.startswith("sm_9"):
+        return "sm_90"
+    return "sm_100" if architecture.startswith("sm_10") else "sm_80"

@@ -1,0 +1,374 @@
+"""Dense attention in the interpreter against float64. Not bfloat16: the interpreter's dot of it is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import float64_reference as reference
+import pytest
+import torch
+from fastattn_kernels._dropout import dropout_constants
+from fastattn_kernels.aot import compile_launch
+from fastattn_kernels.attention import attention_forward, plan_attention
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+FP16_MINIMUM = torch.finfo(torch.float16).min
+FP32_MINIMUM = torch.finfo(torch.float32).min
+
+
+def make(
+    batch: int, heads: int, queries: int, keys: int, head_dim: int = 16, dtype: torch.dtype = torch.float32,
+    key_heads: int | None = None, value_dim: int | None = None, seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    key_heads, value_dim = key_heads or heads, value_dim or head_dim
+    shapes = ((heads, queries, head_dim), (key_heads, keys, head_dim), (key_heads, keys, value_dim))
+    query, key, value = (torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes)
+    return query, key, value
+
+
+def run(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, key_lengths: torch.Tensor | None = None, causal: bool = False,
+    query_start: int = 0, query_starts: torch.Tensor | None = None, scale: float | None = None,
+    dropout_p: float = 0.0, seed: torch.Tensor | None = None, return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return attention_forward(
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        key_lengths,
+        causal,
+        query_start,
+        query_starts,
+        scale,
+        dropout_p,
+        seed,
+        return_lse,
+    )
+
+
+def check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **flags: Any) -> torch.Tensor:
+    """Run the kernel and compare out and lse with float64 by the library's rule; returns out."""
+    out, lse = run(query, key, value, **flags)
+    seed, dropout_p = flags.pop("seed", None), flags.get("dropout_p", 0.0)
+    if seed is not None and dropout_p:
+        batch, heads, queries, _ = query.shape
+        rows = torch.arange(batch * heads * queries).view(batch, heads, queries)
+        flags["keep"] = reference.keep_mask(seed.item(), rows, key.shape[2], dropout_p)
+    flags.setdefault("scale", query.shape[-1] ** -0.5)
+    exact = reference.attention(query, key, value, **flags)
+    pytorch = reference.attention(query, key, value, **flags, dtype=query.dtype)
+    reference.assert_as_exact_as_pytorch(out, exact[0], pytorch[0], "out")
+    reference.assert_as_exact_as_pytorch(lse, exact[1], pytorch[1], "lse")
+    assert out.dtype == query.dtype and lse.dtype == torch.float32
+    return out
+
+
+# Around the tile sizes (128 queries, 32 or 64 keys): one, less than a tile, whole tiles, one more than a
+# tile, several.
+LENGTHS = [(1, 1), (1, 70), (16, 64), (64, 64), (129, 128), (5, 200), (150, 37), (128, 192)]
+
+
+@DTYPES
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("queries", "keys"), LENGTHS)
+def test_lengths(queries: int, keys: int, causal: bool, dtype: torch.dtype) -> None:
+    check(*make(2, 2, queries, keys, 32, dtype), causal=causal, query_start=keys - queries)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"),
+    # Powers of two, sizes models have (40, 80, 96, 160), odd ones, values wider and narrower than keys, and
+    # under a dot's 16.
+    [
+        (16, 16),
+        (24, 24),
+        (40, 40),
+        (65, 33),
+        (80, 80),
+        (96, 160),
+        (64, 128),
+        (192, 128),
+        (251, 256),
+        (256, 16),
+        (1, 3),
+    ],
+)
+def test_head_sizes(head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    check(*make(1, 2, 20, 70, head_dim, dtype, value_dim=value_dim), causal=True, query_start=50)
+
+
+def padding(lengths: list[int], keys: int, side: str) -> torch.Tensor:
+    positions = torch.arange(keys)
+    counts = torch.tensor(lengths)[:, None]
+    return positions < counts if side == "right" else positions >= keys - counts
+
+
+@DTYPES
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_padding_mask(side: str, causal: bool, dtype: torch.dtype) -> None:
+    mask = padding([70, 1, 40, 0], 70, side)
+    out = check(*make(4, 2, 70, 70, 16, dtype), mask=mask, causal=causal)
+    assert not out[3].any(), "an all-padding row must be zeros"
+
+
+@DTYPES
+def test_padding_mask_where_batch_equals_length(dtype: torch.dtype) -> None:
+    # [B, Sk] is then as square as [Sq, Sk]: the two must not be confused.
+    check(*make(6, 2, 6, 6, 16, dtype), mask=padding([6, 5, 4, 3, 2, 1], 6, "right"))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 70),
+        (2, 1, 1, 70),
+        (2, 1, 20, 70),
+        (1, 4, 20, 70),
+        (2, 4, 20, 70),
+        (2, 4, 20, 1),
+        (1, 1, 20, 70),
+    ],
+)
+@DTYPES
+def test_four_dimensional_mask_and_bias(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensors = make(2, 4, 20, 70, 16, dtype, key_heads=2)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(shape, generator=generator) > 0.4
+    bias = torch.randn(shape, generator=generator)
+    check(*tensors, mask=mask)
+    check(*tensors, bias=bias)
+    check(*tensors, bias=bias.to(dtype), mask=mask, causal=True, query_start=30)
+
+
+def test_masks_and_biases_of_any_stride() -> None:
+    tensors = make(2, 2, 20, 70)
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.rand(2, 2, 40, 140, generator=generator)
+    transposed = torch.rand(70, 20, generator=generator).T[None, None]
+    column = torch.rand(2, 1, 20, 1, generator=generator).expand(2, 2, 20, 70)
+    for scores in (wide[:, :, ::2, 1::2], transposed, column):
+        check(*tensors, mask=scores > 0.5)
+        check(*tensors, bias=scores)
+    check(*tensors, mask=(torch.rand(70, 2, generator=generator) > 0.5).T)
+
+
+def test_mask_and_bias_are_read_in_place() -> None:
+    query, key, value = make(3, 4, 20, 70)
+    mask, bias = torch.ones(3, 70, dtype=torch.bool), torch.zeros(1, 4, 1, 70)
+    launch = plan_attention(
+        query,
+        key,
+        value,
+        torch.empty_like(query),
+        None,
+        mask,
+        bias,
+        None,
+        False,
+        0,
+        None,
+        1.0,
+        0.0,
+        None,
+        "sm_80",
+    )
+    arguments = launch.arguments
+    assert arguments["mask"].data_ptr() == mask.data_ptr() and arguments["bias"].data_ptr() == bias.data_ptr()
+    assert [arguments[f"stride_m{axis}"] for axis in "bhmn"] == [70, 0, 0, 1]
+    assert [arguments[f"stride_b{axis}"] for axis in "bhmn"] == [0, 70, 0, 1]
+    assert not arguments["MASK_PER_QUERY"] and not arguments["BIAS_PER_QUERY"]
+
+
+@DTYPES
+def test_large_and_infinite_bias(dtype: torch.dtype) -> None:
+    query, key, value = make(1, 1, 6, 70, 16, dtype)
+    bias = torch.zeros(1, 1, 6, 70)
+    bias[..., 0, 30:] = float("-inf")
+    bias[..., 1, :] = float("-inf")  # nothing to attend: zeros
+    bias[..., 2, :] = FP32_MINIMUM  # every key equally bad, so as models mask with it: the mean of the values
+    bias[..., 3, 30:] = FP32_MINIMUM
+    bias[..., 4, 33] = 1e30
+    bias[..., 5, :] = FP16_MINIMUM
+    out = check(query, key, value, bias=bias)
+    assert not out[0, 0, 1].any()
+    torch.testing.assert_close(out[0, 0, 2].float(), value[0, 0].float().mean(0), rtol=0, atol=1e-3)
+    head = run(query[:, :, 3:4], key[:, :, :30], value[:, :, :30])[0][0, 0, 0]
+    torch.testing.assert_close(out[0, 0, 3], head, rtol=0, atol=2e-3)
+    torch.testing.assert_close(out[0, 0, 4], value[0, 0, 33])
+
+
+@DTYPES
+@pytest.mark.parametrize("query_start", [0, 5, -7, 65, -1000, 1000, 2**40, -(2**40)])
+def test_causal_from_any_query_start(query_start: int, dtype: torch.dtype) -> None:
+    check(*make(1, 2, 70, 70, 16, dtype), causal=True, query_start=query_start)
+
+
+@DTYPES
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_causal_from_a_start_per_sequence(integers: torch.dtype, dtype: torch.dtype) -> None:
+    starts = torch.tensor([0, 7, -3, -40, 500], dtype=integers)
+    check(*make(5, 1, 20, 70, 16, dtype), causal=True, query_starts=starts)
+    # The per-sequence starts win over the number, and every other element of a tensor is as good as a tensor.
+    strided = starts.repeat_interleave(2)[::2]
+    check(*make(5, 1, 20, 70, 16, dtype), causal=True, query_starts=strided, query_start=3)
+
+
+@DTYPES
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_key_lengths_hide_what_lies_past_them(
+    causal: bool, integers: torch.dtype, dtype: torch.dtype
+) -> None:
+    query, key, value = make(5, 2, 30, 140, 16, dtype)
+    lengths = torch.tensor([0, 1, 64, 140, 200], dtype=integers)
+    for sequence, length in enumerate(lengths.tolist()):
+        key[sequence, :, length:] = float("nan")
+        value[sequence, :, length:] = float("nan")
+    out = check(query, key, value, key_lengths=lengths, causal=causal, query_start=50)
+    assert out.isfinite().all() and not out[0].any()
+
+
+def test_a_masked_row_is_zeros_whatever_the_values_hold() -> None:
+    query, key, value = make(2, 1, 8, 40)
+    key[0], value[0] = float("nan"), float("inf")
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0] = False
+    out, lse = run(query, key, value, mask=mask)
+    assert not out[0].any() and (lse[0] == float("-inf")).all() and out.isfinite().all()
+
+
+@DTYPES
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+def test_grouped_query_heads(key_heads: int, dtype: torch.dtype) -> None:
+    check(*make(2, 6, 20, 70, 16, dtype, key_heads=key_heads), causal=True, query_start=50)
+
+
+@DTYPES
+def test_any_strides(dtype: torch.dtype) -> None:
+    query, key, value = make(2, 4, 20, 70, 24, dtype, key_heads=2)
+    expected, _ = run(query, key, value)
+
+    def sequence_major(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def every_other(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(2, -1)[..., ::2]
+
+    def feature_major(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+    for arrange in (sequence_major, every_other, feature_major):
+        out, _ = run(arrange(query), arrange(key), arrange(value))
+        assert torch.equal(out, expected), arrange.__name__
+    shared = key[:1].expand(2, -1, -1, -1)
+    assert torch.equal(run(query, shared, value)[0], run(query, shared.contiguous(), value)[0])
+
+
+def test_offsets_past_32_bits() -> None:
+    keys, apart = 18, 2**27
+    try:
+        # 5 GB of addresses, of which the rows below are the only ones ever touched.
+        storage = torch.empty(keys * apart, dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for a tensor of 2**31 elements: {error}")
+    query, key, value = make(1, 1, 20, keys, 16, torch.float16)
+    far = storage.as_strided((1, 1, keys, 16), (0, 0, apart, 1)).copy_(key)
+    assert torch.equal(run(query, far, value)[0], run(query, key, value)[0])
+    assert torch.equal(run(query, key, far)[0], run(query, key, key)[0])
+    assert torch.equal(run(far, key, value)[0], run(key, key, value)[0])
+    bias = storage.as_strided((1, 1, 20, keys), (0, 0, 1, apart)).copy_(torch.randn(20, keys))
+    assert torch.equal(
+        run(query, key, value, bias=bias)[0], run(query, key, value, bias=bias.contiguous())[0]
+    )
+
+
+def test_output_is_laid_out_by_position() -> None:
+    out, lse = run(*make(2, 3, 5, 7))
+    assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
+    assert run(*make(2, 3, 5, 7), return_lse=False)[1].shape == (0,)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
+def test_scale(scale: float) -> None:
+    check(*make(1, 2, 20, 70), scale=scale)
+    check(*make(1, 2, 20, 70), scale=scale, bias=torch.randn(1, 1, 20, 70))
+
+
+@DTYPES
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -(2**63), -5])
+def test_dropout_is_the_formula_s(seed: int, dtype: torch.dtype) -> None:
+    tensors = make(2, 2, 20, 140, 16, dtype)
+    check(*tensors, dropout_p=0.3, seed=torch.tensor([seed]), causal=True, query_start=100)
+
+
+def test_dropout_keeps_lse_and_repeats() -> None:
+    tensors = make(2, 2, 20, 140)
+    first, lse = run(*tensors, dropout_p=0.3, seed=torch.tensor([7]))
+    again, _ = run(*tensors, dropout_p=0.3, seed=torch.tensor([7]))
+    other, _ = run(*tensors, dropout_p=0.3, seed=torch.tensor([8]))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(lse, run(*tensors)[1])
+    everything, _ = run(*tensors, dropout_p=1.0, seed=torch.tensor([7]))
+    assert not everything.any() and dropout_constants(1.0)[1] == 0.0
+    assert torch.equal(run(*tensors, dropout_p=0.0, seed=torch.tensor([7]))[0], run(*tensors)[0])
+
+
+def test_dropout_drops_the_share_asked_for() -> None:
+    # One-hot values of equal scores make the weights visible.
+    keys = 256
+    query, key = torch.zeros(1, 4, 64, 16), torch.zeros(1, 4, keys, 16)
+    out, _ = run(query, key, torch.eye(keys).expand(1, 4, keys, keys), dropout_p=0.25, seed=torch.tensor([3]))
+    kept = out != 0
+    # Standard deviation of the share over 65536 draws: 0.0017.
+    assert abs(kept.float().mean().item() - 0.75) < 0.007
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (keys * 0.75)))
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0)])
+def test_nothing_to_do(batch: int, queries: int, keys: int) -> None:
+    out, lse = run(*make(batch, 2, queries, keys), causal=True)
+    assert out.shape == (batch, 2, queries, 16) and not out.any()
+    assert lse.shape == (batch, 2, queries) and (lse == float("-inf")).all()
+
+
+def test_everything_at_once() -> None:
+    query, key, value = make(3, 4, 140, 200, 40, torch.float16, key_heads=2, value_dim=24)
+    generator = torch.Generator().manual_seed(5)
+    check(
+        query,
+        key,
+        value,
+        mask=torch.rand(3, 1, 140, 200, generator=generator) > 0.2,
+        bias=torch.randn(1, 4, 140, 200, generator=generator),
+        key_lengths=torch.tensor([200, 0, 130]),
+        causal=True,
+        query_starts=torch.tensor([60, 3, -10]),
+        scale=0.3,
+        dropout_p=0.1,
+        seed=torch.tensor([99]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "message"),
+    [(257, torch.float32, "at most 256"), (16, torch.float64, "float16, bfloat16 and float32")],
+)
+def test_what_the_kernel_cannot_do_is_refused(head_dim: int, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(*make(1, 1, 4, 4, head_dim, dtype))
+
+
+def test_compiling_ahead_of_time_needs_the_compiler() -> None:
+    query, _, _ = make(1, 1, 4, 4)
+    launch = plan_attention(
+        query, query, query, query, None, None, None, None, False, 0, None, 1.0, 0.0, None, "sm_90"
+    )
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_launch(launch, "sm_90")

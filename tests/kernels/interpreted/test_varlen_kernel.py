@@ -1,0 +1,129 @@
+"""Packed sequences in the interpreter, each against the float64 reference of that sequence alone."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import float64_reference as reference
+import pytest
+import torch
+from fastattn_kernels.attention import varlen_attention_forward
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+
+
+def check(
+    query_lengths: list[int], key_lengths: list[int], heads: int = 2, key_heads: int = 2, head_dim: int = 16,
+    value_dim: int | None = None, dtype: torch.dtype = torch.float32, causal: bool = False,
+    query_start: int = 0, query_starts: torch.Tensor | None = None, default_start: bool = True,
+    dropout_p: float = 0.0, seed: torch.Tensor | None = None, slack: int = 0, pack: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Run the kernel and compare each sequence with float64; `slack`: max_seqlen less the maximum."""
+    generator = torch.Generator().manual_seed(sum(query_lengths) + head_dim)
+    tokens, keys = sum(query_lengths), sum(key_lengths)
+    query = torch.randn(tokens, heads, head_dim, generator=generator).to(dtype)
+    key = torch.randn(keys, key_heads, head_dim, generator=generator).to(dtype)
+    value = torch.randn(keys, key_heads, value_dim or head_dim, generator=generator).to(dtype)
+    if not pack:
+        # As the three parts of one projection arrive.
+        query, key, value = torch.stack([query, key, value], 1).unbind(1)
+    scale = head_dim**-0.5
+    cu_q = torch.tensor([0, *accumulate(query_lengths)], dtype=torch.int32)
+    cu_k = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32)
+    out, lse = varlen_attention_forward(
+        query, key, value, cu_q, cu_k, max(query_lengths) + slack, max(key_lengths) + slack, causal,
+        query_start, query_starts, default_start, scale, dropout_p, seed, True,
+    )  # fmt: skip
+    assert (
+        out.is_contiguous()
+        and out.dtype == dtype
+        and lse.dtype == torch.float32
+        and lse.shape == (heads, tokens)
+    )
+    for sequence in range(len(query_lengths)):
+        q0, q1 = cu_q[sequence : sequence + 2].tolist()
+        k0, k1 = cu_k[sequence : sequence + 2].tolist()
+        parts = [x[None].transpose(1, 2) for x in (query[q0:q1], key[k0:k1], value[k0:k1])]
+        if default_start:
+            start = (k1 - k0) - (q1 - q0)
+        else:
+            start = query_start if query_starts is None else int(query_starts[sequence])
+        keep = None
+        if dropout_p:
+            assert seed is not None
+            rows = torch.arange(heads)[:, None] * tokens + torch.arange(q0, q1)
+            keep = reference.keep_mask(int(seed), rows, k1 - k0, dropout_p)[None]
+        flags: dict[str, Any] = dict(
+            causal=causal, query_start=start, scale=scale, keep=keep, dropout_p=dropout_p
+        )
+        exact, exact_lse = reference.attention(*parts, **flags)
+        pytorch, pytorch_lse = reference.attention(*parts, **flags, dtype=dtype)
+        what = f"sequence {sequence}"
+        reference.assert_as_exact_as_pytorch(out[q0:q1].transpose(0, 1)[None], exact, pytorch, f"{what} out")
+        reference.assert_as_exact_as_pytorch(lse[:, q0:q1][None], exact_lse, pytorch_lse, f"{what} lse")
+    return out, lse
+
+
+@DTYPES
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("query_lengths", "key_lengths"),
+    [
+        ([5, 130, 1, 64], [5, 130, 1, 64]),
+        ([7], [7]),
+        # Sequences without queries, without keys, without either.
+        ([5, 0, 3, 0, 4], [6, 9, 0, 0, 70]),
+        # Cross attention: more queries than keys and fewer.
+        ([20, 3, 150], [4, 130, 33]),
+        # As padding-free execution packs: real tokens, and one query where a sequence is padding only.
+        ([17, 1, 40], [17, 0, 40]),
+    ],
+)
+def test_sequences_do_not_see_each_other(
+    query_lengths: list[int], key_lengths: list[int], causal: bool, dtype: torch.dtype
+) -> None:
+    check(query_lengths, key_lengths, causal=causal, dtype=dtype)
+
+
+@DTYPES
+def test_grouped_heads_and_odd_head_sizes(dtype: torch.dtype) -> None:
+    check([9, 33], [40, 33], heads=6, key_heads=2, head_dim=20, value_dim=33, causal=True, dtype=dtype)
+
+
+def test_views_of_one_projection() -> None:
+    check([9, 33], [9, 33], causal=True, pack=False)
+
+
+@pytest.mark.parametrize("slack", [1, 500])
+def test_max_seqlen_is_only_a_bound(slack: int) -> None:
+    lengths = [5, 64, 1]
+    out, lse = check(lengths, lengths, causal=True, slack=slack)
+    exact, exact_lse = check(lengths, lengths, causal=True)
+    assert torch.equal(out, exact) and torch.equal(lse, exact_lse)
+
+
+@pytest.mark.parametrize("query_start", [0, 3, -2, 2**40])
+def test_given_query_start(query_start: int) -> None:
+    check([9, 0, 33], [40, 5, 33], causal=True, default_start=False, query_start=query_start)
+
+
+def test_a_query_start_per_sequence() -> None:
+    starts = torch.tensor([30, 2, -5])
+    check([9, 0, 33], [40, 5, 33], causal=True, default_start=False, query_starts=starts)
+
+
+@DTYPES
+def test_dropout_counts_packed_rows(dtype: torch.dtype) -> None:
+    check(
+        [9, 130, 33], [9, 130, 33], causal=True, dropout_p=0.2, seed=torch.tensor([2**40 + 17]), dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("sequences", [0, 2])
+def test_no_tokens(sequences: int) -> None:
+    nothing, cu_seqlens = torch.zeros(0, 2, 16), torch.zeros(sequences + 1, dtype=torch.int32)
+    out, lse = varlen_attention_forward(
+        nothing, nothing, nothing, cu_seqlens, cu_seqlens, 0, 0, True, 0, None, True, 1.0, 0.0, None, True
+    )
+    assert out.shape == (0, 2, 16) and lse.shape == (2, 0)

@@ -1,0 +1,155 @@
+"""Bad input is named before work starts, and whatever goes wrong, the folder is as it was."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from batches import token_batch
+
+import fastattn
+
+pytest.importorskip("transformers")
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+import onnx
+
+from fastattn.onnx import convert, exporter, rewrites, translations
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture
+def model(new_bert):
+    return new_bert(num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "int8"}, r"precision is 'int8'; this version exports 'fp32'"),
+        ({"target": "web"}, r"target is 'web'; this version exports 'cpu'"),
+        ({"layouts": "optimum"}, r"layouts is 'optimum'; this version exports 'auto'"),
+        ({"task": "fill-mask"}, r"task is 'fill-mask', but BertModel has the head of 'feature-extraction'"),
+        ({"tokenizer": "bert"}, r"tokenizer is a str; it must have save_pretrained"),
+        (
+            {"example_inputs": {"input_ids": torch.ones(2, 3)}},
+            r"example_inputs has \['input_ids'\]; it must have",
+        ),
+        (
+            {"example_inputs": {**token_batch([3, 3], 3), "attention_mask": torch.ones(2, 3)}},
+            r"must be an int64",
+        ),
+        ({"example_inputs": token_batch([1, 1], 1)}, r"every size at least 2"),
+        ({"example_inputs": token_batch([9, 9], 99)}, r"at most 64; got input_ids \[2, 99\]"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_bad_arguments(model, tmp_path, arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastattn.export(model, tmp_path / "out", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_models(new_bert, tmp_path):
+    for model, message in (
+        ("bert", "model is a str; a torch.nn.Module"),
+        (torch.nn.Linear(2, 2), "the model is a Linear; this version exports BertModel, BertForMaskedLM"),
+        (
+            new_bert("BertLMHeadModel", is_decoder=True),
+            "the model is a BertLMHeadModel; this version exports",
+        ),
+        (new_bert(is_decoder=True), "the model is a decoder"),
+        (new_bert().to("meta"), "meta device"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            fastattn.export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_cannot_be_written(model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="exists and is not a folder"):
+        fastattn.export(model, tmp_path / "file")
+    with pytest.raises(OSError, match="cannot be written"):
+        fastattn.export(model, tmp_path / "file" / "below")
+    with pytest.raises(OSError, match="cannot be written"):
+        fastattn.export(model, "/proc/fastattn-export")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_package_is_named(model, tmp_path, monkeypatch, package):
+    from fastattn.onnx import requirements
+
+    monkeypatch.setattr(
+        requirements, "find_spec", lambda name: None if name == package else importlib.util.find_spec(name)
+    )
+    with pytest.raises(ImportError, match=rf'{package} not installed; pip install "fastattn\[onnx\]"'):
+        fastattn.export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_needs_none_of_the_packages():
+    """Nor torch: `import fastattn.onnx` only defines what to call."""
+    program = (
+        "import sys\n"
+        "for name in ('onnx', 'onnxscript', 'onnxruntime', 'onnx_ir', 'transformers', 'torch'):\n"
+        "    sys.modules[name] = None\n"
+        "import fastattn.onnx\n"
+        "assert callable(fastattn.onnx.export) and callable(fastattn.onnx.load)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_wrong_export_is_refused_and_the_old_one_stays(model, tmp_path, monkeypatch):
+    """A translation that is wrong never reaches the user's folder."""
+    folder = tmp_path / "out"
+    fastattn.export(model, folder, verify=False)
+    before = {entry.name: entry.read_bytes() for entry in folder.iterdir()}
+    right = translations.TRANSLATIONS[torch.ops.fastattn.add_layer_norm.default]
+
+    def wrong(x, residual, weight, bias, eps, dropout_p, seed):
+        return right(x, x, weight, bias, eps, dropout_p, seed)
+
+    monkeypatch.setitem(translations.TRANSLATIONS, torch.ops.fastattn.add_layer_norm.default, wrong)
+    with pytest.raises(
+        fastattn.VerificationError, match=r"(last_hidden_state|pooler_output) has error"
+    ) as caught:
+        fastattn.export(model, folder)
+    assert not caught.value.report.passed
+    assert {entry.name: entry.read_bytes() for entry in folder.iterdir()} == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_fusion_that_stops_matching_fails(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewrites, "REWRITES", (rewrites.cancel_transposes, rewrites.shorten_views))
+    with pytest.raises(convert.FusionError, match="1 bias_gelu operations 0 became fused nodes"):
+        fastattn.export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_beside_the_graph_when_they_are_too_large(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "EXTERNAL_DATA_BYTES", 1000)
+    folder = tmp_path / "deep" / "out"
+    result = fastattn.export(model, folder)
+    assert "model.onnx.data" in result.files
+    assert result.verification.passed
+    proto = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < 10_000
+    monkeypatch.undo()
+    # Exporting again into the same folder leaves no file of the first export behind.
+    (folder / "notes.txt").write_text("mine")
+    fastattn.export(model, folder, verify=False)
+    assert sorted(e.name for e in folder.iterdir()) == [
+        "config.json",
+        "fastattn.json",
+        "model.onnx",
+        "notes.txt",
+    ]
