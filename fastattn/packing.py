@@ -58,6 +58,8 @@ class Packing:
             tokens.
         batch_size: B.
         length: S, an upper bound of every sequence's length.
+        bounds: cu_seqlens_q and cu_seqlens_k as plain numbers, on a CPU; None where reading them would wait
+            for a GPU, and in a traced graph.
     """
 
     rows: Tensor
@@ -66,6 +68,7 @@ class Packing:
     cu_seqlens_k: Tensor
     batch_size: int
     length: int
+    bounds: tuple[list[int], list[int]] | None = None
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Packing | None:
@@ -78,10 +81,13 @@ class Packing:
         computed = mask | first
         rows = computed.flatten().nonzero().squeeze(1)
         cu_seqlens_q = _bounds(computed)
-        if not traced and bool(mask[:, 0].all()):
-            return cls(rows, None, cu_seqlens_q, cu_seqlens_q, batch_size, length)
-        key_rows = mask.flatten()[rows].nonzero().squeeze(1)
-        return cls(rows, key_rows, cu_seqlens_q, _bounds(mask), batch_size, length)
+        cu_seqlens_k, key_rows = cu_seqlens_q, None
+        if traced or not bool(mask[:, 0].all()):
+            cu_seqlens_k, key_rows = _bounds(mask), mask.flatten()[rows].nonzero().squeeze(1)
+        bounds = None
+        if not traced and mask.device.type == "cpu":
+            bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        return cls(rows, key_rows, cu_seqlens_q, cu_seqlens_k, batch_size, length, bounds)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, S, N] -> [1, Tq, N]: the computed tokens, sequence after sequence."""

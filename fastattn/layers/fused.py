@@ -6,23 +6,25 @@ of them is not plain (LoRA, hooks, quantized): right first.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu, layer_norm, linear
 
 from fastattn import ops
-from fastattn.backend import backend_for
 from fastattn.layers.plain import is_plain
-from fastattn.ops.validation import is_traced
+from fastattn.ops.registration import runs_in_pytorch
 
 __all__ = ["FusedActivation", "FusedLayer", "FusedResidualNorm", "project"]
 
 
 def project(x: Tensor, projections: list[nn.Module]) -> list[Tensor]:
-    """Every projection of `x`: packed where all are plain `nn.Linear`, each called where one is not."""
-    if all(is_plain(projection, nn.Linear) for projection in projections):
+    """Every projection of `x`: packed where all are plain `nn.Linear`, each called where one is not.
+
+    Projections of a model lie apart in memory, so that in PyTorch packing would only be three calls again.
+    """
+    if not runs_in_pytorch(x) and all(is_plain(projection, nn.Linear) for projection in projections):
         return ops.packed_linear(
             x,
             [projection.weight for projection in projections],  # type: ignore[misc]
@@ -56,9 +58,32 @@ class FusedResidualNorm(FusedLayer):
             result: Tensor = super().forward(hidden_states, input_tensor)
             return result
         assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.LayerNorm)
-        x = modules[self.dense_name](hidden_states)  # type: ignore[misc]
+        dense = modules[self.dense_name]
+        x = dense(hidden_states)  # type: ignore[misc]
         dropout_p = dropout.p if dropout.training else 0.0
+        if (
+            dropout_p == 0.0
+            and x.dtype == input_tensor.dtype
+            and is_plain(dense, nn.Linear)
+            and not (x.requires_grad or input_tensor.requires_grad)
+            and runs_in_pytorch(x)
+        ):
+            # In place on the product nobody else has seen: a new tensor of this size is paid for in page
+            # faults.
+            return layer_norm(x.add_(input_tensor), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         return ops.add_layer_norm(x, input_tensor, norm.weight, norm.bias, norm.eps, dropout_p)[0]
+
+
+# Activation class -> the approximation of `ops.bias_gelu` that computes it.
+_APPROXIMATIONS = {
+    "transformers.activations.GELUActivation": "none",
+    "transformers.activations.NewGELUActivation": "tanh",
+    "transformers.activations.GELUTanh": "tanh",
+}
+
+
+def _approximation_of(kind: type) -> str | None:
+    return _APPROXIMATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 class FusedActivation(FusedLayer):
@@ -66,22 +91,11 @@ class FusedActivation(FusedLayer):
 
     dense_name: ClassVar[str] = "dense"
     activation_name: ClassVar[str] = "intermediate_act_fn"
-    # Activation class -> the approximation of `ops.bias_gelu` that computes it.
-    approximations: ClassVar[dict[str, str]] = {
-        "transformers.activations.GELUActivation": "none",
-        "transformers.activations.NewGELUActivation": "tanh",
-        "transformers.activations.GELUTanh": "tanh",
-    }
-
-    @classmethod
-    def approximation_of(cls, activation: Any) -> str | None:
-        kind = type(activation)
-        return cls.approximations.get(f"{kind.__module__}.{kind.__qualname__}")
 
     @classmethod
     def cannot_replace(cls, module: nn.Module) -> str | None:
         activation = getattr(module, cls.activation_name)
-        if cls.approximation_of(activation) is None:
+        if _approximation_of(type(activation)) is None:
             return (
                 f"its activation is {getattr(activation, '__name__', type(activation).__name__)}, not a GELU"
             )
@@ -91,7 +105,7 @@ class FusedActivation(FusedLayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         dense, activation = self._modules[self.dense_name], getattr(self, self.activation_name)
-        approximate = self.approximation_of(activation)
+        approximate = _approximation_of(type(activation))
         if (
             approximate is None
             or not is_plain(dense, nn.Linear)
@@ -100,12 +114,13 @@ class FusedActivation(FusedLayer):
             result: Tensor = super().forward(hidden_states)
             return result
         assert isinstance(dense, nn.Linear)
-        if is_traced(hidden_states) or backend_for(hidden_states.device) != "torch":
+        if not runs_in_pytorch(hidden_states):
             return ops.bias_gelu(linear(hidden_states, dense.weight), dense.bias, approximate)
         # PyTorch's own product adds the bias for free; a separate addition is one pass over the widest
         # tensor.
         expanded = linear(hidden_states, dense.weight, dense.bias)
         if expanded.requires_grad:
             return gelu(expanded, approximate=approximate)
+        # In place, as above.
         result = torch.ops.aten.gelu_(expanded, approximate=approximate)
         return result

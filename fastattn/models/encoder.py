@@ -31,9 +31,9 @@ class FusedSelfAttention(FusedLayer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        head_dim: int = getattr(self, self.head_dim_name)
+        shape = (*hidden_states.shape[:2], -1, getattr(self, self.head_dim_name))
         query, key, value = (
-            x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+            x.view(shape).transpose(1, 2)
             for x in project(hidden_states, [getattr(self, name) for name in self.projection_names])
         )
         if past_key_values is not None:

@@ -16,8 +16,10 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.utils import output_capturing
 
 from fastattn import ops
+from fastattn.ops.attention_cpu import attend_sequences
 from fastattn.ops.attention_reference import attention_weights
-from fastattn.ops.validation import is_traced
+from fastattn.ops.registration import runs_in_pytorch
+from fastattn.ops.validation import autocast, is_traced
 from fastattn.packing import Packing
 
 __all__ = ["NAME", "attention_forward", "is_recording_hook", "padding_mask", "recorded_outputs"]
@@ -25,15 +27,19 @@ __all__ = ["NAME", "attention_forward", "is_recording_hook", "padding_mask", "re
 # Without "flash" in it: transformers takes such a name for a kernel to fetch from the Hub.
 NAME = "fastattn"
 
+_NOTHING: frozenset[str] = frozenset()
+
 # Keyword arguments that change the result and that this function does not compute.
-_UNSUPPORTED = (
-    "sliding_window",
-    "softcap",
-    "position_bias",
-    "s_aux",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "cache",
+_UNSUPPORTED = frozenset(
+    (
+        "sliding_window",
+        "softcap",
+        "position_bias",
+        "s_aux",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "cache",
+    )
 )
 
 
@@ -65,14 +71,20 @@ def attention_forward(
     Raises:
         ValueError: a keyword argument that would change the result and is not supported.
     """
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
+    for name in _UNSUPPORTED.intersection(kwargs):
+        if kwargs[name] is not None:
             raise ValueError(f'attn_implementation="{NAME}" does not support {name}; use "sdpa" or "eager"')
     if packing is not None:
+        q = query[0].transpose(0, 1)
+        k, v = packing.keys(key[0].transpose(0, 1)), packing.keys(value[0].transpose(0, 1))
+        if packing.bounds is not None and dropout == 0.0 and runs_in_pytorch(query):
+            q, k, v = autocast(q, k, v)
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            return attend_sequences(q, k, v, *packing.bounds, scale).unsqueeze(0), None
         out = ops.varlen_attention(
-            query[0].transpose(0, 1),
-            packing.keys(key[0].transpose(0, 1)),
-            packing.keys(value[0].transpose(0, 1)),
+            q,
+            k,
+            v,
             packing.cu_seqlens_q,
             packing.cu_seqlens_k,
             packing.length,
@@ -91,8 +103,7 @@ def attention_forward(
             mask = attention_mask
         else:
             bias = attention_mask
-    weights = None
-    if "attentions" in recorded_outputs() or "cross_attentions" in recorded_outputs():
+    if not recorded_outputs().isdisjoint(("attentions", "cross_attentions")):
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         weights = attention_weights(query, key, mask, bias, causal, key.shape[2] - query.shape[2], scale)
         weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
@@ -143,7 +154,8 @@ def padding_mask(
 
 def recorded_outputs() -> frozenset[str]:
     """What transformers records in the forward now running: "hidden_states", "attentions", ..."""
-    return frozenset(output_capturing._active_collector.get() or ())
+    collected = output_capturing._active_collector.get()
+    return frozenset(collected) if collected else _NOTHING
 
 
 def is_recording_hook(hook: Any) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from fastattn.backend import backend_for
-from fastattn.ops.registration import register
+from fastattn.ops.registration import register, runs_in_pytorch
 from fastattn.ops.validation import FLOAT_DTYPES, check_device, shape_of
 
 __all__ = ["bias_gelu"]
@@ -45,7 +45,8 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
         raise ValueError(
             f"bias_gelu: x must be [..., N] and bias [N]; got {shape_of(x)} and {shape_of(bias)}"
         )
-    result: Tensor = _bias_gelu(x, bias.to(x.dtype), approximate)
+    compute = _in_pytorch if runs_in_pytorch(x) else _bias_gelu
+    result: Tensor = compute(x, bias.to(x.dtype), approximate)
     return result
 
 
@@ -61,8 +62,14 @@ def _forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
 
         kernel_result: Tensor = bias_gelu_forward(x, bias, approximate)
         return kernel_result
-    # In place on the sum: one allocation and one pass fewer.
+    return _in_pytorch(x, bias, approximate)
+
+
+def _in_pytorch(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     total = torch.add(x, bias).contiguous()
+    if total.requires_grad:
+        return gelu(total, approximate=approximate)
+    # In place on the sum: one allocation and one pass fewer.
     result: Tensor = torch.ops.aten.gelu_(total, approximate=approximate)
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fastattn.backend import backend_for
 from fastattn.ops.attention_cpu import attention_torch
 from fastattn.ops.attention_reference import attention_reference
-from fastattn.ops.registration import draw_seed, register
+from fastattn.ops.registration import draw_seed, register, runs_in_pytorch
 from fastattn.ops.validation import autocast, check_device, check_dropout, check_same, shape_of, shapes_of
 
 __all__ = ["attention"]
@@ -88,7 +89,8 @@ def attention(
     starts = query_start if isinstance(query_start, Tensor) else None
     if starts is not None:
         _check_integers("query_start", starts, query)
-    out, lse = _attention(
+    attend: Callable[..., Any] = attention_torch if runs_in_pytorch(query) else _attention
+    out, lse = attend(
         query,
         key,
         value,
@@ -107,23 +109,25 @@ def attention(
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if not query.dim() == key.dim() == value.dim() == 4:
+    q, k, v = query.shape, key.shape, value.shape
+    if not len(q) == len(k) == len(v) == 4:
         raise ValueError(
             "attention: query, key and value must be [batch, heads, length, head_dim]; got "
             + shapes_of(query, key, value)
         )
-    check_same("attention", "query", query, key=key, value=value)
-    if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3]:
+    check_same("attention", "query", query, "key", key)
+    check_same("attention", "query", query, "value", value)
+    if q[0] != k[0] or k[:3] != v[:3]:
         raise ValueError(
             f"attention: batch, key heads and key length must agree; got {shapes_of(query, key, value)}"
         )
-    if query.shape[3] != key.shape[3]:
+    if q[3] != k[3]:
         raise ValueError(
             f"attention: query and key must have the same head_dim; got {shapes_of(query, key, value)}"
         )
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
+    if k[1] == 0 or q[1] % k[1] != 0:
         raise ValueError(
-            f"attention: {query.shape[1]} query heads are not a multiple of {key.shape[1]} key heads; "
+            f"attention: {q[1]} query heads are not a multiple of {k[1]} key heads; "
             f"got {shapes_of(query, key, value)}"
         )
 
@@ -180,7 +184,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
         kernel_out, kernel_lse = attention_forward(query, key, value, *rest)
         return _length_major(kernel_out), kernel_lse
     out, lse = attention_torch(query, key, value, *rest)
-    return _length_major(out), lse.to(torch.float32)
+    return _length_major(out), query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 def _length_major(out: Tensor) -> Tensor:

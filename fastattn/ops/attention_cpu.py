@@ -5,6 +5,8 @@ Where they cannot serve (dropout, logsumexp, value heads of another size), the r
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,7 +18,7 @@ from fastattn.ops.attention_reference import (
     visible_keys,
 )
 
-__all__ = ["attention_torch", "varlen_attention_torch"]
+__all__ = ["attend_sequences", "attention_torch", "varlen_attention_torch"]
 
 
 def _fused(
@@ -55,10 +57,10 @@ def attention_torch(
     dropout_p: float,
     seed: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`fastattn::attention` in PyTorch; shapes as in `fastattn.ops.attention`."""
     if dropout_p > 0.0 or return_lse or query.shape[3] != value.shape[3]:
-        return attention_reference(
+        out, lse = attention_reference(
             query,
             key,
             value,
@@ -73,7 +75,7 @@ def attention_torch(
             seed,
             return_lse,
         )
-    no_lse = query.new_empty(0, dtype=torch.float32)
+        return out, lse.to(torch.float32) if return_lse else None
     query, key, value = map(_last_dim_contiguous, (query, key, value))
     if key_lengths is not None:
         # Slicing, not masking: whatever a cache holds past the length (NaN too) never enters a product.
@@ -93,8 +95,8 @@ def attention_torch(
             )
             for batch, length in parts
         ]
-        return (torch.cat(outs) if outs else torch.zeros_like(query)), no_lse
-    return _visible_attention(query, key, value, mask, bias, causal, query_start, query_starts, scale), no_lse
+        return (torch.cat(outs) if outs else torch.zeros_like(query)), None
+    return _visible_attention(query, key, value, mask, bias, causal, query_start, query_starts, scale), None
 
 
 def _one_by_one(lengths: list[int]) -> list[tuple[slice, int]]:
@@ -166,10 +168,10 @@ def varlen_attention_torch(
     dropout_p: float,
     seed: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`fastattn::varlen_attention` in PyTorch: one fused call a sequence, nothing padded."""
     if dropout_p > 0.0 or return_lse or query.shape[2] != value.shape[2]:
-        return varlen_attention_reference(
+        out, lse = varlen_attention_reference(
             query,
             key,
             value,
@@ -186,17 +188,39 @@ def varlen_attention_torch(
             seed,
             return_lse,
         )
-    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        return out, lse.to(torch.float32) if return_lse else None
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    starts = None
+    if causal and query_starts is not None:
+        starts = query_starts.tolist()
+    elif causal and not default_start:
+        starts = [query_start] * (len(bounds_q) - 1)
+    out = attend_sequences(query, key, value, bounds_q, bounds_k, scale, causal, starts)
+    return out, None
+
+
+def attend_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds_q: list[int],
+    bounds_k: list[int],
+    scale: float,
+    causal: bool = False,
+    starts: list[int] | None = None,
+) -> Tensor:
+    """Packed attention [T, H, D] with the bounds of the sequences as plain numbers: one fused call a
+    sequence.
+
+    `starts`: the position of each sequence's query 0 among its keys where `causal`; default the last keys'.
+    """
     q, k, v = (_last_dim_contiguous(x).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    for sequence in range(len(starts_q) - 1):
-        q0, q1 = starts_q[sequence], starts_q[sequence + 1]
-        k0, k1 = starts_k[sequence], starts_k[sequence + 1]
-        start = k1 - k0 - (q1 - q0) if default_start else query_start
-        if query_starts is not None:
-            start = int(query_starts[sequence])
+    outs = []
+    for sequence, (q0, q1) in enumerate(pairwise(bounds_q)):
+        k0, k1 = bounds_k[sequence], bounds_k[sequence + 1]
+        start = k1 - k0 - (q1 - q0) if starts is None else starts[sequence]
         result = _visible_attention(
             q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], None, None, causal, start, None, scale
         )
-        out[q0:q1] = result[0].transpose(0, 1)
-    return out, query.new_empty(0, dtype=torch.float32)
+        outs.append(result[0].transpose(0, 1))
+    return torch.cat(outs) if outs else query.new_zeros(0, query.shape[1], value.shape[2])

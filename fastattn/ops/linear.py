@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastattn.ops.registration import register
+from fastattn.ops.registration import register, runs_in_pytorch
 from fastattn.ops.validation import FLOAT_DTYPES, autocast, check_device, shape_of
 
 __all__ = ["packed_linear"]
@@ -79,6 +79,8 @@ def packed_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor 
             x.new_zeros(weight.shape[0]) if bias is None else bias
             for weight, bias in zip(weights, biases, strict=True)
         ]
+    if runs_in_pytorch(x) and not _one_matrix(weights, present):
+        return packed_linear_reference(x, list(weights), present)
     outputs: list[Tensor] = _packed_linear(x, list(weights), present)
     return outputs
 
@@ -105,8 +107,13 @@ def _adjacent(tensors: Sequence[Tensor]) -> bool:
     return True
 
 
+def _one_matrix(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+    """Whether one product reads all weights, and one vector all biases."""
+    return len(weights) > 1 and _adjacent(weights) and (not biases or _adjacent(biases))
+
+
 def _forward(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
-    if len(weights) == 1 or not _adjacent(weights) or (biases and not _adjacent(biases)):
+    if not _one_matrix(weights, biases):
         return packed_linear_reference(x, weights, biases)
     rows = [weight.shape[0] for weight in weights]
     weight = weights[0].as_strided((sum(rows), x.shape[-1]), (x.shape[-1], 1))

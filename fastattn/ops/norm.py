@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm
 
 from fastattn.backend import backend_for
 from fastattn.ops.dropout import keep_mask
-from fastattn.ops.registration import draw_seed, register
+from fastattn.ops.registration import draw_seed, register, runs_in_pytorch
 from fastattn.ops.validation import FLOAT_DTYPES, check_device, check_dropout, shape_of
 
 __all__ = ["add_layer_norm"]
@@ -66,7 +66,8 @@ def add_layer_norm(
             raise TypeError(f"add_layer_norm: {name} is {tensor.dtype}; accepted are {FLOAT_DTYPES}")
     check_dropout("add_layer_norm", dropout_p)
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    normalized, total = _add_layer_norm(
+    compute = _in_pytorch if runs_in_pytorch(x) else _add_layer_norm
+    normalized, total = compute(
         x.to(dtype), residual.to(dtype), weight, bias, eps, dropout_p, draw_seed(dropout_p, x.device)
     )
     return normalized, total
@@ -114,6 +115,18 @@ def _forward(
             x, residual, weight, bias, eps, dropout_p, seed
         )
         return kernel_result
+    return _in_pytorch(x, residual, weight, bias, eps, dropout_p, seed)
+
+
+def _in_pytorch(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     same_dtype = all(p is None or p.dtype == x.dtype for p in (weight, bias))
     if dropout_p == 0.0 and same_dtype:
         total = torch.add(residual, x).contiguous()

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seed", "register"]
+from fastattn.backend import backend_for
+from fastattn.ops.validation import is_traced
+
+__all__ = ["draw_seed", "register", "runs_in_pytorch"]
 
 _LIBRARY = torch.library.Library("fastattn", "DEF")
 
@@ -109,6 +112,16 @@ def _define_recomputation(name: str, arguments: str, reference: Callable[..., An
         return tuple(next(found) if need else None for need in needs)
 
     return backward
+
+
+def runs_in_pytorch(x: Tensor) -> bool:
+    """Whether an operation on `x` is PyTorch's own functions, called one after another and differentiated by
+    PyTorch.
+
+    The registered operator is for graphs (compile, export), which see one node, and for kernels. Elsewhere it
+    would only cost: dispatching to Python twice is 10 to 40 microseconds a call.
+    """
+    return not is_traced(x) and backend_for(x.device) == "torch"
 
 
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:

@@ -18,22 +18,15 @@ def shapes_of(query: Tensor, key: Tensor, value: Tensor) -> str:
     return f"query {shape_of(query)}, key {shape_of(key)}, value {shape_of(value)}"
 
 
-def check_same(op: str, first: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Raise unless every tensor has the floating dtype and the device of `reference`, which is called
-    `first`.
-    """
+def check_same(op: str, first: str, reference: Tensor, name: str, other: Tensor) -> None:
+    """Raise unless `other` has the dtype, a floating one, and the device of `reference`, called `first`."""
     if reference.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{op}: {first} is {reference.dtype}; accepted are float16, bfloat16, float32 and float64"
         )
-    for name, other in others.items():
-        if other is None:
-            continue
-        if other.dtype != reference.dtype:
-            raise TypeError(
-                f"{op}: {name} is {other.dtype} but {first} is {reference.dtype}; they must agree"
-            )
-        check_device(op, first, reference, name, other)
+    if other.dtype != reference.dtype:
+        raise TypeError(f"{op}: {name} is {other.dtype} but {first} is {reference.dtype}; they must agree")
+    check_device(op, first, reference, name, other)
 
 
 def check_device(op: str, first: str, reference: Tensor, name: str, other: Tensor) -> None:

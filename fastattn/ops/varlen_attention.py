@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastattn.ops.attention import runs_in_kernel
 from fastattn.ops.attention_cpu import varlen_attention_torch
 from fastattn.ops.attention_reference import varlen_attention_reference
-from fastattn.ops.registration import draw_seed, register
+from fastattn.ops.registration import draw_seed, register, runs_in_pytorch
 from fastattn.ops.validation import (
     autocast,
     check_device,
@@ -93,7 +94,8 @@ def varlen_attention(
             f"varlen_attention: query_start must be an int or an int tensor [{cu_seqlens_q.shape[0] - 1}]; "
             f"got {starts.dtype} {shape_of(starts)}"
         )
-    out, lse = _varlen_attention(
+    attend: Callable[..., Any] = varlen_attention_torch if runs_in_pytorch(query) else _varlen_attention
+    out, lse = attend(
         query,
         key,
         value,
@@ -119,7 +121,8 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
             "varlen_attention: query, key and value must be [tokens, heads, head_dim]; got "
             + shapes_of(query, key, value)
         )
-    check_same("varlen_attention", "query", query, key=key, value=value)
+    check_same("varlen_attention", "query", query, "key", key)
+    check_same("varlen_attention", "query", query, "value", value)
     if key.shape[:2] != value.shape[:2] or query.shape[2] != key.shape[2]:
         raise ValueError(
             "varlen_attention: key tokens, key heads and head_dim must agree; got "
@@ -162,7 +165,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
         kernel_result: tuple[Tensor, Tensor] = varlen_attention_forward(query, key, value, *rest)
         return kernel_result
     out, lse = varlen_attention_torch(query, key, value, *rest)
-    return out, lse.to(torch.float32)
+    return out, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
