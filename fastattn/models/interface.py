@@ -114,7 +114,7 @@ def attention_forward(
         query, key, value, mask=mask, bias=bias, causal=causal, scale=scaling, dropout_p=dropout
     )
     assert isinstance(out, Tensor)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def padding_mask(

@@ -341,3 +341,16 @@ def test_bert_base_random_weights():
         found, expected = model(**batch), reference(**batch)
         assert_same(found.last_hidden_state[mask], expected.last_hidden_state[mask], case)
         assert_same(found.pooler_output, expected.pooler_output, case)
+
+
+@torch.no_grad()
+def test_the_attention_function_returns_what_transformers_expects(bert_config):
+    from fastattn.models.interface import attention_forward
+
+    module = transformers.BertModel(bert_config).encoder.layer[0].attention.self
+    query, key, value = (torch.randn(2, 5, 3, 20).transpose(1, 2) for _ in range(3))
+    for mask in (None, torch.tensor([[1, 1, 1, 0, 0], [1] * 5]).bool()):
+        out, weights = attention_forward(module, query, key, value, mask)
+        assert out.shape == (2, 5, 3, 20) and out.is_contiguous() and weights is None
+    with pytest.raises(ValueError, match="does not support softcap"):
+        attention_forward(module, query, key, value, None, softcap=30.0)
