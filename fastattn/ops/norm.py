@@ -99,23 +99,13 @@ def add_layer_norm_reference(
     return normalized.to(x.dtype), total
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if backend_for(x.device) == "triton" and x.dtype != torch.float64:
         from fastattn_kernels.norm import add_layer_norm_forward
 
-        kernel_result: tuple[Tensor, Tensor] = add_layer_norm_forward(
-            x, residual, weight, bias, eps, dropout_p, seed
-        )
+        kernel_result: tuple[Tensor, Tensor] = add_layer_norm_forward(x, *rest)
         return kernel_result
-    return _in_pytorch(x, residual, weight, bias, eps, dropout_p, seed)
+    return _in_pytorch(x, *rest)
 
 
 def _in_pytorch(
