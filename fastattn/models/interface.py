@@ -16,7 +16,7 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.utils import output_capturing
 
 from fastattn import ops
-from fastattn.ops.attention_cpu import attend_sequences
+from fastattn.ops.attention_cpu import attend_sequences, attention_torch
 from fastattn.ops.attention_reference import attention_weights
 from fastattn.ops.registration import runs_in_pytorch
 from fastattn.ops.validation import autocast, is_traced
@@ -74,12 +74,14 @@ def attention_forward(
     for name in _UNSUPPORTED.intersection(kwargs):
         if kwargs[name] is not None:
             raise ValueError(f'attn_implementation="{NAME}" does not support {name}; use "sdpa" or "eager"')
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    # A layer's own tensors need none of the checks a caller's do, and on a CPU those show in small batches.
+    in_pytorch = dropout == 0.0 and runs_in_pytorch(query)
     if packing is not None:
         q = query[0].transpose(0, 1)
         k, v = packing.keys(key[0].transpose(0, 1)), packing.keys(value[0].transpose(0, 1))
-        if packing.bounds is not None and dropout == 0.0 and runs_in_pytorch(query):
+        if packing.bounds is not None and in_pytorch:
             q, k, v = autocast(q, k, v)
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
             return attend_sequences(q, k, v, *packing.bounds, scale).unsqueeze(0), None
         out = ops.varlen_attention(
             q,
@@ -89,7 +91,7 @@ def attention_forward(
             packing.cu_seqlens_k,
             packing.length,
             packing.length,
-            scale=scaling,
+            scale=scale,
             dropout_p=dropout,
         )
         assert isinstance(out, Tensor)
@@ -104,14 +106,20 @@ def attention_forward(
         else:
             bias = attention_mask
     if not recorded_outputs().isdisjoint(("attentions", "cross_attentions")):
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
         weights = attention_weights(query, key, mask, bias, causal, key.shape[2] - query.shape[2], scale)
         weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
         group = query.shape[1] // value.shape[1]
         out = (weights @ value.repeat_interleave(group, dim=1)).transpose(1, 2).contiguous()
         return out, weights
+    if in_pytorch:
+        query, key, value = autocast(query, key, value)
+        start = key.shape[2] - query.shape[2]
+        direct, _ = attention_torch(
+            query, key, value, mask, bias, None, causal, start, None, scale, 0.0, None, False
+        )
+        return direct.transpose(1, 2).contiguous(), None
     out = ops.attention(
-        query, key, value, mask=mask, bias=bias, causal=causal, scale=scaling, dropout_p=dropout
+        query, key, value, mask=mask, bias=bias, causal=causal, scale=scale, dropout_p=dropout
     )
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
