@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from functools import cache
 from importlib.util import find_spec
@@ -117,13 +116,3 @@ def backend_for(device: torch.device) -> str:
         f"backend {selected!r} cannot run on a tensor of device {device}: "
         f'{reason or "Triton kernels need a GPU tensor"}; use "auto" or "torch"'
     )
-
-
-@contextmanager
-def torch_only() -> Iterator[None]:
-    """Run the PyTorch path whatever is selected."""
-    token = _selected.set("torch")
-    try:
-        yield
-    finally:
-        _selected.reset(token)

@@ -26,7 +26,7 @@ from fastattn.bench.rows import Row
 from fastattn.bench.workloads import Workload
 from fastattn.report import format_table
 
-__all__ = ["SCHEMA", "BenchmarkResult", "Measurement", "row_table"]
+__all__ = ["SCHEMA", "BenchmarkResult", "Measurement", "plain_cell", "row_table"]
 
 SCHEMA = "fastattn.benchmark/1"
 # Loading a model keeps one core busy for seconds; the average over a minute stays well below this share.
@@ -123,7 +123,7 @@ class BenchmarkResult:
             base = measurement.baseline
             over = f"; ratios are over {base.name}, the faster untouched model" if base is not None else ""
             columns, cells = row_table(measurement.rows)
-            plain = [[_plain(cell) for cell in line] for line in cells]
+            plain = [[plain_cell(cell) for cell in line] for line in cells]
             parts.append(f"{measurement.workload}{over}\n{format_table(columns, plain)}")
         return "\n\n".join([*parts, f"{_PARITY_NOTE}\nMethod: {METHOD}."])
 
@@ -225,5 +225,6 @@ def _text(ratio: Ratio | None) -> str | None:
     return None if ratio is None else str(ratio)
 
 
-def _plain(cell: str | Cell | None) -> str:
+def plain_cell(cell: str | Cell | None) -> str:
+    """A cell of a report's table as plain text, "-" where it is empty."""
     return "-" if cell is None else cell.text if isinstance(cell, Cell) else cell

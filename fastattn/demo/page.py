@@ -19,7 +19,7 @@ from fastattn.bench.report import (
     Text,
     TimePlot,
 )
-from fastattn.bench.result import row_table
+from fastattn.bench.result import plain_cell, row_table
 from fastattn.demo.result import Answer, DemoResult, described, headline
 from fastattn.report import format_table
 
@@ -151,7 +151,7 @@ def _batches(text: Any) -> Table:
 def timing_text(result: DemoResult) -> str:
     """The table of times for a terminal."""
     columns, cells = row_table(result.rows)
-    return format_table(columns, [[_plain(cell) for cell in line] for line in cells])
+    return format_table(columns, [[plain_cell(cell) for cell in line] for line in cells])
 
 
 def verify_text(verify: Any) -> str:
@@ -173,7 +173,3 @@ def answers_text(result: DemoResult) -> str:
     lines = [f"Question: {result.query}"]
     lines += [f"  {hit.similarity:.4f}  {hit.sentence}" for hit in result.answers[0].hits]
     return "\n".join(lines)
-
-
-def _plain(cell: str | Cell | None) -> str:
-    return "-" if cell is None else cell.text if isinstance(cell, Cell) else cell
