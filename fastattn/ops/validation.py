@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
-__all__ = ["autocast", "check_device", "check_dropout", "check_same", "is_traced", "shape_of", "shapes_of"]
+__all__ = [
+    "autocast",
+    "check_device",
+    "check_dropout",
+    "check_same",
+    "is_traced",
+    "may_read",
+    "shape_of",
+    "shapes_of",
+]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -55,3 +66,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def is_traced(x: Tensor) -> bool:
     """Whether the values of `x` cannot be read now: compile or export is tracing, or `x` is fake."""
     return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether a check may read the values of `x`: not while tracing, and on a GPU, where it stalls the stream,
+    only in debug mode (FASTATTN_DEBUG=1).
+    """
+    return not is_traced(x) and (x.device.type == "cpu" or os.environ.get("FASTATTN_DEBUG") == "1")
