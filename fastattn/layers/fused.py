@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
 from fastattn import ops
+from fastattn.layers.onednn import onednn_linear
 from fastattn.layers.plain import is_plain
 from fastattn.ops.registration import runs_in_pytorch
 
@@ -24,13 +25,24 @@ def project(x: Tensor, projections: list[nn.Module]) -> list[Tensor]:
 
     Projections of a model lie apart in memory, so that in PyTorch packing would only be three calls again.
     """
-    if not runs_in_pytorch(x) and all(is_plain(projection, nn.Linear) for projection in projections):
+    if runs_in_pytorch(x):
+        return [_linear(x, projection) for projection in projections]
+    if all(is_plain(projection, nn.Linear) for projection in projections):
         return ops.packed_linear(
             x,
             [projection.weight for projection in projections],  # type: ignore[misc]
             [projection.bias for projection in projections],  # type: ignore[misc]
         )
     return [projection(x) for projection in projections]
+
+
+def _linear(x: Tensor, layer: nn.Module) -> Tensor:
+    if x.dtype == torch.bfloat16 and is_plain(layer, nn.Linear):
+        result = onednn_linear(x, layer)  # type: ignore[arg-type]
+        if result is not None:
+            return result
+    called: Tensor = layer(x)
+    return called
 
 
 class FusedLayer(nn.Module):
@@ -59,15 +71,15 @@ class FusedResidualNorm(FusedLayer):
             return result
         assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.LayerNorm)
         dense = modules[self.dense_name]
-        x = dense(hidden_states)  # type: ignore[misc]
         dropout_p = dropout.p if dropout.training else 0.0
-        if (
-            dropout_p == 0.0
-            and x.dtype == input_tensor.dtype
-            and is_plain(dense, nn.Linear)
-            and not (x.requires_grad or input_tensor.requires_grad)
-            and runs_in_pytorch(x)
-        ):
+        in_place = dropout_p == 0.0 and is_plain(dense, nn.Linear) and runs_in_pytorch(hidden_states)
+        if in_place:
+            assert isinstance(dense, nn.Linear)
+            total = onednn_linear(hidden_states, dense, residual=input_tensor)
+            if total is not None:
+                return layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        x = dense(hidden_states)  # type: ignore[misc]
+        if in_place and x.dtype == input_tensor.dtype and not (x.requires_grad or input_tensor.requires_grad):
             # In place on the product nobody else has seen: a new tensor of this size is paid for in page
             # faults.
             return layer_norm(x.add_(input_tensor), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
@@ -116,6 +128,9 @@ class FusedActivation(FusedLayer):
         assert isinstance(dense, nn.Linear)
         if not runs_in_pytorch(hidden_states):
             return ops.bias_gelu(linear(hidden_states, dense.weight), dense.bias, approximate)
+        fused = onednn_linear(hidden_states, dense, gelu=approximate)
+        if fused is not None:
+            return fused
         expanded = linear(hidden_states, dense.weight, dense.bias)
         if expanded.requires_grad or expanded.dtype != torch.float32:
             return gelu(expanded, approximate=approximate)
