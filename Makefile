@@ -14,7 +14,7 @@ ARGS ?=
 
 USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint aot-full aot-table clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastattn demo $(ARGS)
@@ -29,6 +29,22 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Kernels compiled ahead of time on every Triton that is supported, against the committed table (`aot-full`) or into
+# it (`aot-table`, after a kernel was changed on purpose). No GPU is needed; minutes. The other Tritons go into folders
+# of their own, first on PYTHONPATH.
+TRITONS := 3.6.0 3.7.1 3.9.0
+AOT_FOLDERS := $(TRITONS:%=.venv-triton/%)
+
+aot-full: AOT := --check
+aot-table: AOT := --table
+aot-full aot-table: $(INSTALLED) $(AOT_FOLDERS)
+	@failed=; for folder in $(AOT_FOLDERS); do \
+	    PYTHONPATH=$$folder $(BIN)/python -m fastattn_kernels.aot $(AOT) --jobs 2 $(ARGS) || failed=1; \
+	done; test -z "$$failed"
+
+$(AOT_FOLDERS): .venv-triton/%: | $(INSTALLED)
+	$(PIP) install --quiet --no-deps --target $@ triton==$*
 
 # torch goes first and alone: resolved together with everything else, pip may settle on the newest torch, whose GPU
 # build asks for another triton than the one pinned.
@@ -51,5 +67,5 @@ $(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS)
 
 # Removes what the targets above made, the environment and the demo's report included.
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-triton build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

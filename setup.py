@@ -40,7 +40,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastattn", "fastattn.*"]), "fastattn_kernels"],
     package_dir={"fastattn_kernels": "kernels/fastattn_kernels"},
-    package_data={"fastattn": ["py.typed", "**/*.txt", "**/*.html"], "fastattn_kernels": ["py.typed"]},
+    package_data={
+        "fastattn": ["py.typed", "**/*.txt", "**/*.html"],
+        "fastattn_kernels": ["py.typed", "*.csv", "tuned/*.json"],
+    },
     install_requires=["torch>=2.11", "numpy", "tqdm"],
     extras_require={
         "transformers": ["transformers>=5.17,<5.24"],

@@ -62,6 +62,7 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
         "fastattn/ops/attention.py",
         "fastattn/demo/sentences.txt",
         "fastattn_kernels/attention.py",
+        "fastattn_kernels/aot_table.csv",
     ):
         assert name in names
 

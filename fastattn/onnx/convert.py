@@ -8,21 +8,26 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from fastattn.onnx.graph import CONTRIB_DOMAIN
+from fastattn.onnx.dense_attention import within_fused_operator
+from fastattn.onnx.graph import CONTRIB_DOMAIN, arguments_by_name
 from fastattn.onnx.rewrites import rewrite
 from fastattn.onnx.translations import TRANSLATIONS
+from fastattn.ops.attention_terms import AttentionTerms
 from fastattn.packing import data_dependent_shapes
 
 __all__ = ["OPSET", "FusionError", "convert", "count_fusions", "to_onnx", "trace"]
 
 # What torch exports; onnx's own default is newer than ONNX Runtime accepts, and web runtimes stop here too.
 OPSET = 20
+
+_TERMS = frozenset(field.name for field in fields(AttentionTerms))
 
 
 class FusionError(RuntimeError):
@@ -102,16 +107,20 @@ def to_onnx(program: Any) -> Any:
     return model
 
 
-def _refuse_dropout(program: Any) -> None:
+def _operations(program: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name and arguments of every fastattn operation in an exported program."""
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.name.startswith("fastattn::"):
-            continue
-        names = [argument.name for argument in schema.arguments]
-        if "dropout_p" in names and node.args[names.index("dropout_p")] > 0.0:
+        if schema is not None and schema.name.startswith("fastattn::"):
+            yield schema.name.removeprefix("fastattn::"), arguments_by_name(node.target, node.args)
+
+
+def _refuse_dropout(program: Any) -> None:
+    for name, arguments in _operations(program):
+        if arguments.get("dropout_p", 0.0) > 0.0:
             raise ValueError(
-                f"{schema.name} is traced with dropout_p={node.args[names.index('dropout_p')]}: dropout "
-                "cannot be exported; put the model in eval mode, or pass dropout_p=0.0"
+                f"fastattn::{name} is traced with dropout_p={arguments['dropout_p']}: dropout cannot be "
+                "exported; put the model in eval mode, or pass dropout_p=0.0"
             )
 
 
@@ -143,19 +152,11 @@ def _made_by(value: Any) -> str | None:
 def _checked_fusions(program: Any, model: Any) -> dict[str, int]:
     """Every operation of the traced model that has a fused form must be there in that form."""
     wanted: Counter[str] = Counter()
-    for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.name.startswith("fastattn::"):
-            continue
-        arguments = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False))
-        name = schema.name.removeprefix("fastattn::")
+    for name, arguments in _operations(program):
         if name in ("attention", "varlen_attention"):
-            plain = arguments["causal"] or arguments["return_lse"] or arguments.get("bias") is not None
-            # A mask of four dimensions may hide keys by query, which the fused operator cannot.
-            mask = arguments.get("mask")
-            plain = plain or (mask is not None and mask.meta["val"].dim() == 4)
-            wanted["attention"] += not plain
-            wanted["packed_attention"] += name == "varlen_attention" and not plain
+            fused = _becomes_fused_attention(arguments)
+            wanted["attention"] += fused
+            wanted["packed_attention"] += name == "varlen_attention" and fused
         elif name in ("add_layer_norm", "bias_gelu"):
             wanted[name] += 1
     found = count_fusions(model)
@@ -166,6 +167,17 @@ def _checked_fusions(program: Any, model: Any) -> dict[str, int]:
                 "this is a defect of fastattn with this version of torch and onnxscript"
             )
     return found
+
+
+def _becomes_fused_attention(arguments: Mapping[str, Any]) -> bool:
+    """Whether the fused operator must be there: the arguments are within its reach, or nearly all are."""
+    terms = AttentionTerms(**{name: x for name, x in arguments.items() if name in _TERMS})
+    query, key, mask = (arguments.get(name) for name in ("query", "key", "mask"))
+    assert query is not None and key is not None
+    # A mask of four dimensions may hide keys by query, which the fused operator cannot.
+    padding_mask = mask is None or mask.meta["val"].dim() == 2
+    heads, key_heads = (x.meta["val"].shape[1] for x in (query, key))
+    return within_fused_operator(terms) and padding_mask and bool(heads == key_heads)
 
 
 def _rename_dimensions(model: Any, names: Mapping[str, str]) -> None:

@@ -7,29 +7,50 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset20 as op
 
-from fastattn.onnx.graph import CONTRIB_DOMAIN, emit, vector
+from fastattn.onnx.graph import CONTRIB_DOMAIN, computing_dtype, emit, vector
+from fastattn.onnx.score_terms import Positions, position_bias, present_keys, visible_keys
+from fastattn.ops.attention_terms import AttentionTerms
 
-__all__ = ["MASKED_SCORE", "fused_attention", "plain_attention"]
+__all__ = ["MASKED_SCORE", "fused_attention", "plain_attention", "within_fused_operator"]
 
 # Score of a hidden key in MultiHeadAttention: finite, or a row that sees nothing would be NaN; the operator's
 # own default of -10000 is within reach of real scores.
 MASKED_SCORE = -3.0e38
 
 
-def fused_attention(query: Any, key: Any, value: Any, mask: Any | None, scale: float) -> Any:
+def within_fused_operator(terms: AttentionTerms) -> bool:
+    """Whether MultiHeadAttention computes this, its mask aside: relative bias and ALiBi, but no bias of the
+    caller's, whose -inf could hide a whole row.
+    """
+    return (
+        terms.bias is None
+        and terms.key_lengths is None
+        and terms.reach == (-1, -1)
+        and terms.softcap == 0.0
+        and terms.sinks is None
+        and not terms.return_lse
+    )
+
+
+def fused_attention(query: Any, key: Any, value: Any, mask: Any | None, terms: AttentionTerms) -> Any:
     """com.microsoft.MultiHeadAttention under a padding mask [B, Sk] or none; as many key as query heads.
 
-    Without a mask ONNX Runtime's CPU kernel never holds the scores; with one it does, and still beats MatMul
-    and Softmax by a tenth (8 x 128 tokens, BERT-base). Its bias input would save nothing: Gemm adds a bias
-    for free.
+    Without a mask and a bias ONNX Runtime's CPU kernel never holds the scores; with one it does, and still
+    beats MatMul and Softmax by a tenth (8 x 128 tokens, BERT-base). Its bias input would save nothing: Gemm
+    adds a bias for free.
     """
     heads, head_dim = query.shape[1], value.shape[3]
     out = emit(
         "MultiHeadAttention",
-        [*(_length_major(x) for x in (query, key, value)), None, None if mask is None else _int32(mask)],
+        [
+            *(_length_major(x) for x in (query, key, value)),
+            None,
+            None if mask is None else _int32(mask),
+            position_bias(terms, Positions(query, key, terms), query.dtype),
+        ],
         CONTRIB_DOMAIN,
         num_heads=heads,
-        scale=scale,
+        scale=terms.scale,
         mask_filter_value=MASKED_SCORE,
     )
     if mask is not None:
@@ -52,81 +73,95 @@ def plain_attention(
     query: Any,
     key: Any,
     value: Any,
-    mask: Any | None,
-    bias: Any | None,
-    key_lengths: Any | None,
-    query_start: Any | None,
-    scale: float,
-    return_lse: bool,
+    terms: AttentionTerms,
     *,
-    group: int,
+    heads: tuple[int, int],
     dtype: Any,
 ) -> tuple[Any, Any | None]:
     """The formula in standard operators, in float32 at least, for every argument of `fastattn::attention`.
 
     Args:
         query, key, value: [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv].
-        mask: bool [B, Sk] or 4-D, or None.
-        bias: float 4-D, or None.
-        key_lengths: integers [B], or None.
-        query_start: what causality counts from, int64 scalar or [B]; None where it is not causal.
-        group: Hq / Hkv.
+        terms: the other arguments, tensors as graph values; the mask's shape must be known.
+        heads: Hq and Hkv.
         dtype: of query and of out. (The shapes and dtypes of values between translations are not known here.)
 
     Returns:
         out [B, Hq, Sq, Dv] and float32 lse [B, Hq, Sq], None where not asked for.
     """
-    computing = ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    computing = computing_dtype(dtype)
+    positions = Positions(query, key, terms)
     query, key, value = (op.Cast(x, to=computing) for x in (query, key, value))
-    key_range = op.Range(0, op.Squeeze(op.Shape(key, start=2, end=3), [0]), 1)
-    present = None
-    if key_lengths is not None:
-        present = op.Less(key_range, op.Unsqueeze(op.Cast(key_lengths, to=ir.DataType.INT64), [1]))
+    present = present_keys(terms, positions)
+    if present is not None:
         # What lies past the length may be NaN: it must not enter a product.
-        kept = op.Unsqueeze(present, [1, 3])
-        zero = op.CastLike(0.0, key)
-        key, value = op.Where(kept, key, zero), op.Where(kept, value, zero)
-    key, value = _repeat_heads(key, group), _repeat_heads(value, group)
-    scores = op.Mul(op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2])), op.CastLike(scale, query))
-    if bias is not None:
-        scores = op.Add(scores, op.Cast(bias, to=computing))
-    for visible in _visible(query, key_range, mask, present, query_start):
+        kept = op.Unsqueeze(present, vector(1, 3))
+        key, value = (op.Where(kept, x, op.CastLike(0.0, x)) for x in (key, value))
+    scores = _per_query_head(
+        op.MatMul(
+            _per_key_head(op.Mul(query, op.CastLike(terms.scale, query)), heads),
+            op.Transpose(key, perm=[0, 1, 3, 2]),
+        ),
+        heads,
+    )
+    if terms.softcap > 0.0:
+        cap = op.CastLike(terms.softcap, scores)
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    for added in (terms.bias, position_bias(terms, positions, computing)):
+        if added is not None:
+            scores = op.Add(scores, op.Cast(added, to=computing))
+    visible = visible_keys(terms, positions, present)
+    if terms.bias is None and terms.sinks is None and not terms.return_lse:
+        out = op.MatMul(_per_key_head(_weights(scores, visible), heads), value)
+        return op.Cast(_blank(_per_query_head(out, heads), visible), to=dtype), None
+    if visible is not None:
         scores = op.Where(visible, scores, op.CastLike(float("-inf"), scores))
-    # A row that sees nothing has the maximum -inf and the sum 0: both are replaced before they make a NaN.
     maximum = op.ReduceMax(scores, [-1], keepdims=1)
+    sinks = None
+    if terms.sinks is not None:
+        sinks = op.Reshape(op.Cast(terms.sinks, to=computing), vector(1, -1, 1, 1))
+        maximum = op.Max(maximum, sinks)
+    # A row that sees nothing has the maximum -inf and the sum 0: both are replaced before they make a NaN.
     maximum = op.Where(op.IsInf(maximum), op.CastLike(0.0, maximum), maximum)
     exponentials = op.Exp(op.Sub(scores, maximum))
     total = op.ReduceSum(exponentials, [-1], keepdims=1)
+    if sinks is not None:
+        total = op.Add(total, op.Exp(op.Sub(sinks, maximum)))
     nothing = op.Equal(total, op.CastLike(0.0, total))
     divisor = op.Where(nothing, op.CastLike(1.0, total), total)
-    out = op.Cast(op.Div(op.MatMul(exponentials, value), divisor), to=dtype)
-    if not return_lse:
+    attended = _per_query_head(op.MatMul(_per_key_head(exponentials, heads), value), heads)
+    out = op.Cast(op.Div(attended, divisor), to=dtype)
+    if not terms.return_lse:
         return out, None
     lse = op.Where(nothing, op.CastLike(float("-inf"), total), op.Add(op.Log(divisor), maximum))
     return out, op.Cast(op.Squeeze(lse, [3]), to=ir.DataType.FLOAT)
 
 
-def _visible(
-    query: Any, key_range: Any, mask: Any | None, present: Any | None, query_start: Any | None
-) -> list[Any]:
-    """What hides keys, each bool and broadcastable to [B, Hq, Sq, Sk]."""
-    found = []
-    if mask is not None:
-        found.append(op.Unsqueeze(mask, [1, 2]) if len(mask.shape) == 2 else mask)
-    if present is not None:
-        found.append(op.Unsqueeze(present, [1, 2]))
-    if query_start is not None:
-        rows = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(query, start=2, end=3), [0]), 1), [1])
-        start = op.Reshape(query_start, [-1, 1, 1, 1])
-        found.append(op.LessOrEqual(key_range, op.Add(rows, start)))
-    return found
+def _weights(scores: Any, visible: Any | None) -> Any:
+    """Softmax of finite scores; a row that sees nothing is the mean of everything, for `_blank` to clear.
+
+    Half the time of the formula written out, which only -inf among the scores, sinks and the logsumexp need.
+    """
+    if visible is not None:
+        scores = op.Where(visible, scores, op.CastLike(MASKED_SCORE, scores))
+    return op.Softmax(scores, axis=-1)
 
 
-def _repeat_heads(x: Any, group: int) -> Any:
-    """[B, Hkv, S, D] -> [B, Hkv * group, S, D], every head `group` times in a row."""
-    if group == 1:
-        return x
-    repeated = op.Expand(op.Unsqueeze(x, [2]), vector(1, 1, group, 1, 1))
-    heads = op.Mul(op.Shape(x, start=1, end=2), vector(group))
-    shape = op.Concat(op.Shape(x, start=0, end=1), heads, op.Shape(x, start=2, end=4), axis=0)
-    return op.Reshape(repeated, shape)
+def _blank(out: Any, visible: Any | None) -> Any:
+    """Zeros for the queries that see nothing."""
+    if visible is None:
+        return out
+    sees_something = op.ReduceMax(_int32(visible), [-1], keepdims=1)
+    return op.Where(op.Cast(sees_something, to=ir.DataType.BOOL), out, op.CastLike(0.0, out))
+
+
+def _per_key_head(x: Any, heads: tuple[int, int]) -> Any:
+    """[B, Hq, S, N] -> [B, Hkv, Hq / Hkv * S, N]: the query heads of one key head together: no key is
+    repeated.
+    """
+    return x if heads[0] == heads[1] else op.Reshape(x, vector(0, heads[1], -1, 0), allowzero=0)
+
+
+def _per_query_head(x: Any, heads: tuple[int, int]) -> Any:
+    """The inverse of `_per_key_head`."""
+    return x if heads[0] == heads[1] else op.Reshape(x, vector(0, heads[0], -1, 0), allowzero=0)

@@ -9,10 +9,37 @@ import onnx_ir as ir
 from onnxscript import evaluator
 from onnxscript import opset20 as op
 
-__all__ = ["CONTRIB_DOMAIN", "Subgraph", "emit", "vector"]
+__all__ = [
+    "CONTRIB_DOMAIN",
+    "FUSED_DTYPES",
+    "Subgraph",
+    "arguments_by_name",
+    "computing_dtype",
+    "emit",
+    "vector",
+]
 
 # ONNX Runtime's own operators.
 CONTRIB_DOMAIN = "com.microsoft"
+
+# What those that replace several standard ones take.
+FUSED_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+
+def arguments_by_name(operator: Any, arguments: Sequence[Any]) -> dict[str, Any]:
+    """The arguments of a call of a registered operator under their names in its schema."""
+    names = [argument.name for argument in operator._schema.arguments]
+    return dict(zip(names, arguments, strict=True))
+
+
+def computing_dtype(dtype: Any) -> Any:
+    """What the operations compute in, given the dtype of their tensors."""
+    return ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+
+
+def cast(x: Any, given: Any, wanted: Any) -> Any:
+    """`x` of the dtype `given` in the dtype `wanted`; no node where they are the same."""
+    return x if given == wanted else op.Cast(x, to=wanted)
 
 
 def emit(op_type: str, inputs: Sequence[Any], domain: str = "", **attributes: Any) -> Any:

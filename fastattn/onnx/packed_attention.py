@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -9,6 +10,7 @@ from onnxscript import opset20 as op
 
 from fastattn.onnx.dense_attention import plain_attention
 from fastattn.onnx.graph import CONTRIB_DOMAIN, Subgraph, emit, vector
+from fastattn.ops.attention_terms import AttentionTerms
 
 __all__ = ["attend_each_sequence", "attend_padded"]
 
@@ -106,15 +108,14 @@ def attend_padded(
     value: Any,
     bounds_q: Any,
     bounds_k: Any,
-    causal: bool,
-    query_start: Any | None,
-    scale: float,
-    return_lse: bool,
+    terms: AttentionTerms,
+    default_start: bool,
 ) -> tuple[Any, Any | None]:
     """The plain formula on padded sequences; right for every argument of `fastattn::varlen_attention`.
 
     Args:
-        query_start: int64 scalar or [B]; None for each sequence's keys less its queries.
+        terms: the other arguments, tensors as graph values.
+        default_start: each sequence's query_start is its keys less its queries, whatever `terms` say.
 
     Returns:
         [Tq, Hq, Dv] and float32 lse [Hq, Tq], None where not asked for.
@@ -127,19 +128,15 @@ def attend_padded(
     padded_query, real = _pad(query, starts_q, lengths_q)
     padded_key, _ = _pad(key, starts_k, lengths_k)
     padded_value, _ = _pad(value, starts_k, lengths_k)
-    if causal and query_start is None:
-        query_start = op.Sub(lengths_k, lengths_q)
+    terms = replace(terms, key_lengths=lengths_k)
+    if default_start and terms.depends_on_position:
+        terms = replace(terms, query_starts=op.Sub(lengths_k, lengths_q))
     out, lse = plain_attention(
         op.Transpose(padded_query, perm=[0, 2, 1, 3]),
         op.Transpose(padded_key, perm=[0, 2, 1, 3]),
         op.Transpose(padded_value, perm=[0, 2, 1, 3]),
-        None,
-        None,
-        lengths_k,
-        query_start if causal else None,
-        scale,
-        return_lse,
-        group=query.shape[1] // key.shape[1],
+        terms,
+        heads=(query.shape[1], key.shape[1]),
         dtype=query.dtype,
     )
     flags = op.Reshape(real, [-1])

@@ -1,9 +1,27 @@
 """The operations everything rests on: public typed functions over registered PyTorch operators."""
 
-from fastattn.ops.activation import bias_gelu
+from fastattn.ops.activation import bias_gelu, gated_activation
 from fastattn.ops.attention import attention
+from fastattn.ops.decode_attention import decode_attention
 from fastattn.ops.linear import packed_linear
-from fastattn.ops.norm import add_layer_norm
+from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.relative_bias import RelativeBias
+from fastattn.ops.rotary import rotary
+from fastattn.ops.softmax import softmax
 from fastattn.ops.varlen_attention import varlen_attention
 
-__all__ = ["add_layer_norm", "attention", "bias_gelu", "packed_linear", "varlen_attention"]
+__all__ = [
+    "RelativeBias",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "bias_gelu",
+    "decode_attention",
+    "gated_activation",
+    "layer_norm",
+    "packed_linear",
+    "rms_norm",
+    "rotary",
+    "softmax",
+    "varlen_attention",
+]

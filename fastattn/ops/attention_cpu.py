@@ -1,34 +1,207 @@
 """Attention by PyTorch's fused CPU kernels, arranged so that their semantics are ours.
 
-Where they cannot serve (dropout, logsumexp, value heads of another size), the reference computes the result.
+Windows, ALiBi and relative bias become additive masks of one tile of queries and the keys that tile can see;
+a sink becomes one more key. Where the kernels cannot serve (soft-capping, dropout, logsumexp), the formula
+computes the same tiles.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from fastattn.ops.attention_reference import (
+    attend_tile,
     attention_reference,
+    computing_dtype,
     query_tiles,
     varlen_attention_reference,
-    visible_keys,
 )
+from fastattn.ops.attention_terms import AttentionTerms, sequence_terms
 
 __all__ = ["attend_sequences", "attention_torch", "varlen_attention_torch"]
+
+# A window is attended in tiles of at least this many queries: fewer would cost more in calls than the keys
+# they leave out.
+MIN_WINDOW_ROWS = 256
+
+
+def attention_torch(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms
+) -> tuple[Tensor, Tensor | None]:
+    """`fastattn::attention` in PyTorch; shapes as in `fastattn.ops.attention`."""
+    if terms.dropout_p > 0.0 or terms.return_lse:
+        out, lse = attention_reference(query, key, value, terms)
+        return out, lse.to(torch.float32) if terms.return_lse else None
+    query, key, value = map(_last_dim_contiguous, (query, key, value))
+    if terms.key_lengths is None:
+        return _attend(query, key, value, terms), None
+    # Slicing, not masking: whatever a cache holds past the length (NaN too) never enters a product.
+    lengths = terms.key_lengths.clamp(0, key.shape[2]).tolist()
+    parts = [(slice(None), lengths[0])] if len(set(lengths)) == 1 else list(_one_by_one(lengths))
+    outs = [
+        _attend(query[batch], key[batch, :, :length], value[batch, :, :length], _narrow(terms, batch, length))
+        for batch, length in parts
+    ]
+    return torch.cat(outs) if outs else query.new_zeros(*query.shape[:3], value.shape[3]), None
+
+
+def _last_dim_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _one_by_one(lengths: list[int]) -> list[tuple[slice, int]]:
+    return [(slice(index, index + 1), length) for index, length in enumerate(lengths)]
+
+
+def _narrow(terms: AttentionTerms, batch: slice, length: int) -> AttentionTerms:
+    """The terms of the sequences `batch` and their first `length` keys."""
+
+    def narrow(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x if x.shape[0] == 1 else x[batch]
+        return x if x.shape[-1] == 1 else x[..., :length]
+
+    starts = terms.query_starts
+    return replace(
+        terms,
+        mask=narrow(terms.mask),
+        bias=narrow(terms.bias),
+        key_lengths=None,
+        query_starts=None if starts is None else starts[batch],
+    )
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
+    """Attention of [B, H, S, D] over keys that all exist: without key_lengths, dropout and logsumexp."""
+    length, keys = query.shape[2], key.shape[2]
+    if query.numel() == 0 or keys == 0:
+        # The CPU kernel divides by the number of queries: an empty call ends the process.
+        return _zeros(query, key, value)
+    first, last = _starts(terms)
+    left, right = terms.reach
+    # A bound that no query reaches is none.
+    if right >= 0 and first + right >= keys - 1:
+        right = -1
+    if left >= 0 and last + length - 1 - left <= 0:
+        left = -1
+    if terms.mask is None and terms.sinks is None and terms.softcap == 0.0 and not _is_added(terms):
+        if (left, right) == (-1, -1):
+            return _fused(query, key, value, None, False, terms.scale)
+        if (left, right) == (-1, 0) and first == last == 0 and length == keys:
+            return _fused(query, key, value, None, True, terms.scale)
+    terms = replace(terms, causal=False, window_left=left, window_right=right)
+    # The masks and weights of all tiles together may pass the byte limit, which autograd would keep.
+    recompute = torch.is_grad_enabled() and len(query_tiles(query, keys)) > 1
+    outs = []
+    for rows in _tiles(query, keys, left, right):
+        low = 0 if left < 0 else min(max(0, rows[0] + first - left), keys)
+        high = keys if right < 0 else min(max(low, rows[1] + last + right), keys)
+        attend = partial(_attend_tile, rows=rows, columns=(low, high), terms=terms)
+        tile = query[:, :, rows[0] : rows[1]], key[:, :, low:high], value[:, :, low:high]
+        outs.append(checkpoint(attend, *tile, use_reentrant=False) if recompute else attend(*tile))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _zeros(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What queries get that attend nothing; with a gradient, zero, wherever the tensors have one."""
+    zeros = query.new_zeros(*query.shape[:3], value.shape[3])
+    return zeros + (query[:0].sum() + key[:0].sum() + value[:0].sum())
+
+
+def _starts(terms: AttentionTerms) -> tuple[int, int]:
+    """The smallest and the largest query_start of the batch."""
+    if terms.query_starts is None or not terms.depends_on_position:
+        return terms.query_start, terms.query_start
+    starts = terms.query_starts.tolist()
+    return min(starts), max(starts)
+
+
+def _is_added(terms: AttentionTerms) -> bool:
+    return not (terms.bias is None and terms.rel_table is None and terms.alibi_slopes is None)
+
+
+def _tiles(query: Tensor, keys: int, left: int, right: int) -> list[tuple[int, int]]:
+    """Tiles of queries within the byte limit; under a window about as long as it, so that a tile sees at most
+    about twice the keys each of its queries does.
+    """
+    if left < 0 or right < 0:
+        return query_tiles(query, keys)
+    rows = max(MIN_WINDOW_ROWS, left + right + 1)
+    within = query_tiles(query, min(keys, rows + left + right))
+    rows = min(rows, within[0][1])
+    length = query.shape[2]
+    return [(start, min(start + rows, length)) for start in range(0, length, rows)]
+
+
+def _attend_tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    terms: AttentionTerms,
+) -> Tensor:
+    """Attention of queries `rows` over keys `columns`, which the tensors already hold."""
+    if key.shape[2] == 0:
+        return _zeros(query, key, value)
+    visible = terms.visible(rows, columns, key.device)
+    if terms.softcap > 0.0:
+        dtype = computing_dtype(query)
+        out, _, _ = attend_tile(
+            query.to(dtype),
+            key.to(dtype),
+            value.to(dtype),
+            terms.added(rows, columns, key.device, dtype),
+            visible,
+            None,
+            None if terms.sinks is None else terms.sinks.to(dtype),
+            terms.scale,
+            terms.softcap,
+            0.0,
+        )
+        return out.to(query.dtype)
+    # The CPU kernels take a float32 mask beside half-precision queries; a GPU's want the queries' dtype.
+    dtype = computing_dtype(query) if query.device.type == "cpu" else query.dtype
+    added = terms.added(rows, columns, key.device, dtype)
+    if terms.sinks is not None:
+        # One more key, zero, whose score is the sink and whose value is zero.
+        sinks = terms.sinks.to(dtype)[None, :, None, None]
+        key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
+        if added is None:
+            added = sinks.new_zeros(1, 1, 1, 1)
+        if visible is not None:
+            added = added.masked_fill(~visible, float("-inf"))
+        added = added.expand(*added.shape[:3], key.shape[2] - 1)
+        shape = torch.broadcast_shapes(added.shape[:3], sinks.shape[:3])
+        added = torch.cat([added.expand(*shape, -1), sinks.expand(*shape, 1)], dim=-1)
+    elif added is not None and visible is not None:
+        added = added.masked_fill(~visible, float("-inf"))
+    return _fused(query, key, value, visible if added is None else added, False, terms.scale)
 
 
 def _fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     """SDPA on [B, H, S, D]; `mask` bool or additive, `causal` aligned top-left."""
-    if query.shape[2] == 0 or key.shape[2] == 0 or query.shape[0] == 0:
-        # The CPU kernel divides by the number of queries: an empty call ends the process.
-        return query.new_zeros(*query.shape[:3], value.shape[3])
-    return scaled_dot_product_attention(
+    if torch.is_autocast_enabled(query.device.type):
+        # Autocast would take the mask to half precision; query, key and value have been through it.
+        with torch.autocast(query.device.type, enabled=False):
+            return _fused(query, key, value, mask, causal, scale)
+    head_dim, value_dim = query.shape[3], value.shape[3]
+    # The fused kernels want value heads of query's size: zeros make up the difference.
+    if value_dim < head_dim:
+        value = pad(value, (0, head_dim - value_dim))
+    elif value_dim > head_dim:
+        query, key = pad(query, (0, value_dim - head_dim)), pad(key, (0, value_dim - head_dim))
+    out = scaled_dot_product_attention(
         query,
         key,
         value,
@@ -37,119 +210,7 @@ def _fused(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-def _last_dim_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def attention_torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    causal: bool,
-    query_start: int,
-    query_starts: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`fastattn::attention` in PyTorch; shapes as in `fastattn.ops.attention`."""
-    if dropout_p > 0.0 or return_lse or query.shape[3] != value.shape[3]:
-        out, lse = attention_reference(
-            query,
-            key,
-            value,
-            mask,
-            bias,
-            key_lengths,
-            causal,
-            query_start,
-            query_starts,
-            scale,
-            dropout_p,
-            seed,
-            return_lse,
-        )
-        return out, lse.to(torch.float32) if return_lse else None
-    query, key, value = map(_last_dim_contiguous, (query, key, value))
-    if key_lengths is not None:
-        # Slicing, not masking: whatever a cache holds past the length (NaN too) never enters a product.
-        lengths = key_lengths.clamp(0, key.shape[2]).tolist()
-        parts = [(slice(None), lengths[0])] if len(set(lengths)) == 1 else list(_one_by_one(lengths))
-        outs = [
-            _visible_attention(
-                query[batch],
-                key[batch, :, :length],
-                value[batch, :, :length],
-                _narrow(mask, batch, length),
-                _narrow(bias, batch, length),
-                causal,
-                query_start,
-                query_starts if query_starts is None else query_starts[batch],
-                scale,
-            )
-            for batch, length in parts
-        ]
-        return (torch.cat(outs) if outs else torch.zeros_like(query)), None
-    return _visible_attention(query, key, value, mask, bias, causal, query_start, query_starts, scale), None
-
-
-def _one_by_one(lengths: list[int]) -> list[tuple[slice, int]]:
-    return [(slice(index, index + 1), length) for index, length in enumerate(lengths)]
-
-
-def _narrow(x: Tensor | None, batch: slice, length: int) -> Tensor | None:
-    """The part of a mask or bias that belongs to `batch` and the first `length` keys."""
-    if x is None:
-        return None
-    x = x if x.shape[0] == 1 else x[batch]
-    return x if x.shape[-1] == 1 else x[..., :length]
-
-
-def _visible_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    query_start: int,
-    query_starts: Tensor | None,
-    scale: float,
-) -> Tensor:
-    length, keys = query.shape[2], key.shape[2]
-    if causal and query_starts is None and query_start >= keys - 1:
-        causal = False
-    if mask is None and bias is None and not causal:
-        return _fused(query, key, value, None, False, scale)
-    if mask is None and bias is None and query_starts is None and query_start == 0 and length == keys:
-        return _fused(query, key, value, None, True, scale)
-    outs = []
-    for rows in query_tiles(query, key):
-        visible = visible_keys(rows, keys, key.device, mask, None, causal, query_start, query_starts)
-        additive = bias if bias is None or bias.shape[2] == 1 else bias[:, :, rows[0] : rows[1]]
-        if additive is not None:
-            additive = additive.to(query.dtype)
-            if visible is not None:
-                additive = additive.masked_fill(~visible, float("-inf"))
-        outs.append(
-            _fused(
-                query[:, :, rows[0] : rows[1]],
-                key,
-                value,
-                visible if additive is None else additive,
-                False,
-                scale,
-            )
-        )
-    if len(outs) == 1:
-        return outs[0]
-    return torch.cat(outs, dim=2) if outs else torch.zeros_like(query)
+    return out if value_dim >= head_dim else out[..., :value_dim]
 
 
 def varlen_attention_torch(
@@ -158,45 +219,18 @@ def varlen_attention_torch(
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    query_start: int,
-    query_starts: Tensor | None,
     default_start: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    return_lse: bool,
+    terms: AttentionTerms,
 ) -> tuple[Tensor, Tensor | None]:
     """`fastattn::varlen_attention` in PyTorch: one fused call a sequence, nothing padded."""
-    if dropout_p > 0.0 or return_lse or query.shape[2] != value.shape[2]:
+    if terms.dropout_p > 0.0 or terms.return_lse:
         out, lse = varlen_attention_reference(
-            query,
-            key,
-            value,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            causal,
-            query_start,
-            query_starts,
-            default_start,
-            scale,
-            dropout_p,
-            seed,
-            return_lse,
+            query, key, value, cu_seqlens_q, cu_seqlens_k, default_start, terms
         )
-        return out, lse.to(torch.float32) if return_lse else None
+        return out, lse.to(torch.float32) if terms.return_lse else None
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    starts = None
-    if causal and query_starts is not None:
-        starts = query_starts.tolist()
-    elif causal and not default_start:
-        starts = [query_start] * (len(bounds_q) - 1)
-    out = attend_sequences(query, key, value, bounds_q, bounds_k, scale, causal, starts)
-    return out, None
+    each = sequence_terms(terms, bounds_q, bounds_k, default_start)
+    return _attend_each(query, key, value, bounds_q, bounds_k, each), None
 
 
 def attend_sequences(
@@ -214,13 +248,25 @@ def attend_sequences(
 
     `starts`: the position of each sequence's query 0 among its keys where `causal`; default the last keys'.
     """
+    terms = AttentionTerms(scale=scale, causal=causal)
+    if starts is None:
+        each = sequence_terms(terms, bounds_q, bounds_k, default_start=True)
+    else:
+        each = [replace(terms, query_start=start) for start in starts]
+    return _attend_each(query, key, value, bounds_q, bounds_k, each)
+
+
+def _attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds_q: list[int],
+    bounds_k: list[int],
+    each: list[AttentionTerms],
+) -> Tensor:
     q, k, v = (_last_dim_contiguous(x).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    outs = []
-    for sequence, (q0, q1) in enumerate(pairwise(bounds_q)):
-        k0, k1 = bounds_k[sequence], bounds_k[sequence + 1]
-        start = k1 - k0 - (q1 - q0) if starts is None else starts[sequence]
-        result = _visible_attention(
-            q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], None, None, causal, start, None, scale
-        )
-        outs.append(result[0].transpose(0, 1))
+    outs = [
+        _attend(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], terms)[0].transpose(0, 1)
+        for (q0, q1), (k0, k1), terms in zip(pairwise(bounds_q), pairwise(bounds_k), each, strict=True)
+    ]
     return torch.cat(outs) if outs else query.new_zeros(0, query.shape[1], value.shape[2])

@@ -108,7 +108,10 @@ def _define_recomputation(name: str, arguments: str, reference: Callable[..., An
             for saved, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
         ]
         needs = list(ctx.needs_input_grad)
-        found = iter(operation(list(grads), *values, needs))
+        # One opaque node for whoever traces. Outside a trace the function itself: below a dispatch mode, a
+        # FLOP counter say, an operator's implementation runs where autograd records nothing.
+        traced = any(grad is not None and type(grad) is not Tensor for grad in grads)
+        found = iter((operation if traced else differentiate)(list(grads), *values, needs))
         return tuple(next(found) if need else None for need in needs)
 
     return backward

@@ -69,7 +69,7 @@ def is_traced(x: Tensor) -> bool:
 
 
 def may_read(x: Tensor) -> bool:
-    """Whether a check may read the values of `x`: not while tracing, and on a GPU, where it stalls the stream,
-    only in debug mode (FASTATTN_DEBUG=1).
+    """Whether a check may read the values of `x`: not while tracing, and on a GPU, where that stalls the
+    stream, only in debug mode (FASTATTN_DEBUG=1).
     """
     return not is_traced(x) and (x.device.type == "cpu" or os.environ.get("FASTATTN_DEBUG") == "1")

@@ -1,6 +1,7 @@
 """Compile launches ahead of time for GPUs this machine lacks, and read registers, spills and shared memory.
 
-`python -m fastattn_kernels.aot` prints it for the variants of aot_variants.py.
+`python -m fastattn_kernels.aot` prints it for the variants of aot_variants.py; with --table it writes the
+committed table, with --check it compares with it. Another Triton is put first on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import json
 import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,10 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ._launch import Launch
+from .aot_table import COLUMNS, TABLE, Row, broken_rules, differences, read_table, write_table
 from .aot_variants import VARIANTS
 
-__all__ = ["TARGETS", "CompiledKernel", "compile_launch"]
+__all__ = ["TARGETS", "CompiledKernel", "compile_launch", "measure"]
 
 # Threads of a warp: 64 on AMD's CDNA.
 TARGETS = {
@@ -107,36 +111,68 @@ def _read_amd(compiled: Any) -> CompiledKernel:
     return CompiledKernel(registers, 4 * spills, compiled.metadata.shared, assembly)
 
 
-def _measure(pair: tuple[str, str]) -> dict[str, Any]:
+def _measure(pair: tuple[str, str]) -> Row:
     name, architecture = pair
-    compiled = compile_launch(VARIANTS[name](architecture), architecture)
-    instructions = {key: compiled.assembly.count(opcode) for key, opcode in MATRIX_INSTRUCTIONS.items()}
-    row = {"variant": name, "architecture": architecture, "registers": compiled.registers}
-    return row | {"spill_bytes": compiled.spill_bytes, "shared_bytes": compiled.shared_bytes} | instructions
+    launch = VARIANTS[name](architecture)
+    compiled = compile_launch(launch, architecture)
+    return Row(
+        variant=name,
+        architecture=architecture,
+        triton=triton.__version__,
+        registers=compiled.registers,
+        spill_bytes=compiled.spill_bytes,
+        shared_bytes=compiled.shared_bytes,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **{unit: compiled.assembly.count(opcode) for unit, opcode in MATRIX_INSTRUCTIONS.items()},
+    )
+
+
+def measure(pairs: Sequence[tuple[str, str]], jobs: int) -> list[Row]:
+    """Compile each (variant, architecture) in `jobs` processes."""
+    # Spawned, not forked: the compiler's threads do not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return pool.map(_measure, pairs, chunksize=1)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m fastattn_kernels.aot`: compile the named variants and print what each costs."""
+    """`python -m fastattn_kernels.aot`: compile the named variants, print or write what each costs, and check
+    it: 1 is returned where a rule is broken or the compiler gives other figures than the table."""
     parser = argparse.ArgumentParser(prog="python -m fastattn_kernels.aot", description=main.__doc__)
     parser.add_argument("--architecture", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument(
         "--variant", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME"
     )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile every N-th of them only")
     parser.add_argument("--jobs", type=int, default=1, help="processes to compile in")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    for option, what in (("--table", "write the rows into"), ("--check", "compare the rows with")):
+        parser.add_argument(
+            option, nargs="?", type=Path, const=TABLE, metavar="FILE", help=f"{what} a table ({TABLE.name})"
+        )
     arguments = parser.parse_args(argv)
-    pairs = [(name, architecture) for architecture in arguments.architecture for name in arguments.variant]
-    # Spawned, not forked: the compiler's threads do not survive a fork.
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        rows = pool.map(_measure, pairs, chunksize=1)
-    if arguments.json:
-        print(json.dumps({"triton": triton.__version__, "rows": rows}))
-        return 0
-    columns = list(rows[0])
-    widths = [max(len(str(row[column])) for row in [*rows, {column: column}]) for column in columns]
-    for row in [dict(zip(columns, columns, strict=True)), *rows]:
-        print("  ".join(str(row[column]).ljust(width) for column, width in zip(columns, widths, strict=True)))
-    return 0
+    pairs = sorted((name, target) for name in arguments.variant for target in arguments.architecture)
+    rows = measure(pairs[:: arguments.every], arguments.jobs)
+    problems = [problem for row in rows for problem in broken_rules(row)]
+    if arguments.check:
+        problems += differences(rows, read_table(arguments.check))
+    if arguments.table:
+        write_table(rows, arguments.table, VARIANTS)
+    elif arguments.json:
+        print(json.dumps({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}))
+    elif not arguments.check:
+        _print_rows(rows)
+    print(f"Triton {triton.__version__}: {len(rows)} compiled, {len(problems)} wrong", file=sys.stderr)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    lines = [COLUMNS, *([str(cell) for cell in asdict(row).values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 if __name__ == "__main__":

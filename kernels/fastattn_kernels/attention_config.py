@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from ._tuned import tuned_choice
+
 __all__ = ["MAX_HEAD_DIM", "AttentionConfig", "choose_attention_config"]
 
 MAX_HEAD_DIM = 256
@@ -21,12 +23,14 @@ class AttentionConfig:
         block_n: keys a loop step, a power of two of at least 16.
         num_warps: warps a program.
         num_stages: depth of the software pipeline over key blocks.
+        descriptors: whether query, key and value are read through tensor descriptors (TMA).
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n"):
@@ -82,7 +86,12 @@ SINGLE_PRECISION = {
 
 @cache
 def choose_attention_config(
-    block_d: int, dtype: torch.dtype, architecture: str, query_block: int, crowded: bool
+    block_d: int,
+    dtype: torch.dtype,
+    architecture: str,
+    query_block: int,
+    crowded: bool,
+    gpu: str | None = None,
 ) -> AttentionConfig:
     """The launch choices of one call.
 

@@ -1,120 +1,62 @@
-"""Residual add, dropout and layer normalization in one pass over memory: device code and launch."""
+"""Layer and RMS norms, with residual addition, dropout and quantized output.
+
+Arguments come validated. Rows not contiguous in themselves are copied; rows may lie anywhere.
+"""
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
-from ._dropout import dropout_constants, dropout_keep, dropout_row_key
-from ._launch import Launch
-from .norm_config import choose_norm_config
+from ._launch import architecture_of
+from ._tuned import gpu_of
+from .norm_plan import QUANTIZED_DTYPES, plan_norm
 
-__all__ = ["add_layer_norm_forward", "plan_add_layer_norm"]
+__all__ = [
+    "add_layer_norm_forward",
+    "add_layer_norm_quantized_forward",
+    "add_rms_norm_forward",
+    "add_rms_norm_quantized_forward",
+    "layer_norm_forward",
+    "rms_norm_forward",
+]
 
-
-@triton.jit
-def add_rows(x, residual, offsets_x, offsets_residual, columns, valid, row_key, threshold, keep_scale):
-    """residual + dropout(x), in float32, rounded to x's dtype as an unfused add is."""
-    tile = tl.load(x + offsets_x + columns, mask=valid, other=0.0)
-    added = tile.to(tl.float32)
-    if row_key is not None:
-        # Rounded between dropout and add, too: unfused, these are two operations.
-        added = tl.where(dropout_keep(row_key, columns, threshold), added * keep_scale, 0.0)
-        added = added.to(tile.dtype).to(tl.float32)
-    added += tl.load(residual + offsets_residual + columns, mask=valid, other=0.0).to(tl.float32)
-    return added.to(tile.dtype)
+Tensor = torch.Tensor
 
 
-@triton.jit
-def scale_and_shift(normalized, weight, bias, columns, columns_valid):
-    """normalized * weight + bias, each where given."""
-    if weight is not None:
-        normalized *= tl.load(weight + columns, mask=columns_valid, other=0.0).to(tl.float32)
-    if bias is not None:
-        normalized += tl.load(bias + columns, mask=columns_valid, other=0.0).to(tl.float32)
-    return normalized
+def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer normalization over the last dimension, statistics in float32.
+
+    Args:
+        x: [..., N], float16, bfloat16 or float32.
+        weight, bias: [N] or None.
+        eps: added to the variance.
+
+    Returns:
+        Contiguous, of x's shape and dtype.
+    """
+    return _run(x, None, weight, bias, eps=eps)[0]
 
 
-@triton.jit(do_not_specialize=["row_count", "threshold"])
-def add_layer_norm_kernel(
-    x, residual, weight, bias, normalized, total, seed, row_count, eps, threshold, keep_scale, stride_x,
-    stride_residual, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Whole rows in registers: the mean, then squares of what is left (two passes, so nothing cancels)."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    columns = tl.arange(0, BLOCK_N)[None, :]
-    valid = (rows < row_count) & (columns < WIDTH)
-    row_key = None
-    if seed is not None:
-        row_key = dropout_row_key(seed, rows)
-    added = add_rows(
-        x, residual, rows * stride_x, rows * stride_residual, columns, valid, row_key, threshold, keep_scale
-    )
-    tl.store(total + rows * WIDTH + columns, added, mask=valid)
-    values = added.to(tl.float32)
-    mean = tl.sum(values, 1, keep_dims=True) / WIDTH
-    centered = tl.where(valid, values - mean, 0.0)
-    variance = tl.sum(centered * centered, 1, keep_dims=True) / WIDTH
-    result = scale_and_shift(centered * tl.rsqrt(variance + eps), weight, bias, columns, columns < WIDTH)
-    tl.store(normalized + rows * WIDTH + columns, result.to(added.dtype), mask=valid)
-
-
-@triton.jit(do_not_specialize=["row_count", "threshold"])
-def add_layer_norm_wide_kernel(
-    x, residual, weight, bias, normalized, total, seed, row_count, eps, threshold, keep_scale, stride_x,
-    stride_residual, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """A row too wide for registers, one a program: statistics by blocks, then the norm of the written sum."""
-    row = tl.program_id(0).to(tl.int64)
-    row_key = None
-    if seed is not None:
-        row_key = dropout_row_key(seed, row)
-    mean = 0.0
-    squares = 0.0
-    for start in range(0, WIDTH, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        valid = columns < WIDTH
-        added = add_rows(
-            x, residual, row * stride_x, row * stride_residual, columns, valid, row_key, threshold, keep_scale
-        )
-        tl.store(total + row * WIDTH + columns, added, mask=valid)
-        values = added.to(tl.float32)
-        # Blocks' means and squares combine without cancelling (Chan, Golub and LeVeque, 1979).
-        count = tl.minimum(WIDTH - start, BLOCK_N).to(tl.float32)
-        block_mean = tl.sum(values, 0) / count
-        centered = tl.where(valid, values - block_mean, 0.0)
-        difference = block_mean - mean
-        seen = start + count
-        mean += difference * (count / seen)
-        squares += tl.sum(centered * centered, 0) + difference * difference * (start * count / seen)
-    rstd = tl.rsqrt(squares / WIDTH + eps)
-    # The loop below may read with other threads than wrote.
-    tl.debug_barrier()
-    for start in range(0, WIDTH, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        valid = columns < WIDTH
-        added = tl.load(total + row * WIDTH + columns, mask=valid, other=0.0)
-        result = scale_and_shift((added.to(tl.float32) - mean) * rstd, weight, bias, columns, valid)
-        tl.store(normalized + row * WIDTH + columns, result.to(added.dtype), mask=valid)
+def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    """RMS normalization over the last dimension; `offset` is added to the weight. As `layer_norm_forward`."""
+    return _run(x, None, weight, None, eps=eps, offset=offset, rms=True)[0]
 
 
 def add_layer_norm_forward(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     dropout_p: float,
-    seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Layer normalization of residual + dropout(x) over the last dimension, statistics in float32.
 
     Args:
-        x: [..., N], float16, bfloat16 or float32, any strides (rows not contiguous in themselves are copied).
-        residual: x's shape.
-        weight: [N] or None.
-        bias: [N] or None.
+        x: [..., N], float16, bfloat16 or float32.
+        residual: x's shape and dtype.
+        weight, bias: [N] or None.
         eps: added to the variance.
         dropout_p: probability that an element of x is dropped; needs `seed`.
         seed: int64 [1].
@@ -122,52 +64,96 @@ def add_layer_norm_forward(
     Returns:
         (normalized, sum), both contiguous, of x's shape and dtype; the norm of the rounded sum, as unfused.
     """
-    normalized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty_like(normalized)
-    if x.numel():
-        plan_add_layer_norm(x, residual, weight, bias, normalized, total, eps, dropout_p, seed).run(x.device)
-    return normalized, total
+    out, total, _ = _run(x, residual, weight, bias, eps=eps, dropout_p=dropout_p, seed=seed)
+    assert total is not None
+    return out, total
 
 
-def plan_add_layer_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    normalized: torch.Tensor,
-    total: torch.Tensor,
+def add_rms_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """RMS normalization of residual + dropout(x); `offset` is added to the weight. As
+    `add_layer_norm_forward`.
+    """
+    out, total, _ = _run(
+        x, residual, weight, None, eps=eps, offset=offset, rms=True, dropout_p=dropout_p, seed=seed
+    )
+    assert total is not None
+    return out, total
+
+
+def add_layer_norm_quantized_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     dropout_p: float,
-    seed: torch.Tensor | None,
-) -> Launch:
-    """The launch of `add_layer_norm_forward`, writing into `normalized` and `total`."""
-    x, residual = as_rows(x), as_rows(residual)
-    rows, width = x.shape
-    config = choose_norm_config(rows, width, x.element_size())
-    threshold, keep_scale = dropout_constants(dropout_p)
-    arguments = dict(
-        x=x,
-        residual=residual,
-        weight=None if weight is None else weight.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        normalized=normalized,
-        total=total,
-        seed=seed if dropout_p > 0.0 else None,
-        row_count=rows,
-        eps=eps,
-        threshold=threshold,
-        keep_scale=keep_scale,
-        stride_x=x.stride(0),
-        stride_residual=residual.stride(0),
-        WIDTH=width,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_N=config.block_n,
+    seed: Tensor | None,
+    quantize: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_layer_norm_forward` with the norm, unrounded, as int8 or fp8 (e4m3fn) and a scale a row.
+
+    Returns:
+        (quantized [..., N], scales float32 [..., 1], sum).
+    """
+    out, total, scales = _run(
+        x, residual, weight, bias, eps=eps, dropout_p=dropout_p, seed=seed, quantize=quantize
     )
-    kernel = add_layer_norm_wide_kernel if config.loop else add_layer_norm_kernel
-    return Launch(kernel, triton.cdiv(rows, config.block_rows), arguments, config.num_warps, num_stages=1)
+    assert total is not None and scales is not None
+    return out, scales, total
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` as [rows, N] with a contiguous last dimension: a view where its strides allow, else a copy."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+def add_rms_norm_quantized_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    quantize: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_rms_norm_forward`, quantized as `add_layer_norm_quantized_forward`."""
+    out, total, scales = _run(
+        x, residual, weight, None, eps=eps, offset=offset, rms=True, dropout_p=dropout_p, seed=seed,
+        quantize=quantize,
+    )  # fmt: skip
+    assert total is not None and scales is not None
+    return out, scales, total
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    rms: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    quantize: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, the sum where there is a residual, scales where quantized)."""
+    dtype = x.dtype if quantize is None else QUANTIZED_DTYPES[quantize]
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scales = None
+    if quantize is not None:
+        # Ones where a row has no elements and nothing is launched.
+        scales = torch.ones(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    if x.numel():
+        plan_norm(
+            x, residual, weight, bias, out, total, scales, eps=eps, offset=offset, rms=rms,
+            dropout_p=dropout_p, seed=seed, quantize=quantize, architecture=architecture_of(x.device),
+            gpu=gpu_of(x.device),
+        ).run(x.device)  # fmt: skip
+    return out, total, scales

@@ -352,5 +352,5 @@ def test_the_attention_function_returns_what_transformers_expects(bert_config):
     for mask in (None, torch.tensor([[1, 1, 1, 0, 0], [1] * 5]).bool()):
         out, weights = attention_forward(module, query, key, value, mask)
         assert out.shape == (2, 5, 3, 20) and out.is_contiguous() and weights is None
-    with pytest.raises(ValueError, match="does not support softcap"):
-        attention_forward(module, query, key, value, None, softcap=30.0)
+    with pytest.raises(ValueError, match="does not support indices"):
+        attention_forward(module, query, key, value, None, indices=torch.zeros(2, 5, 3))

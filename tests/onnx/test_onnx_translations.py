@@ -17,6 +17,16 @@ from exported_cases import Exported, assert_close, in_float64
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
 
 
+def test_every_operation_has_an_onnx_face():
+    """A backward is not part of inference; nothing else is left out."""
+    from fastattn.onnx.translations import TRANSLATIONS
+
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastattn::")}
+    translated = {operator._schema.name for operator in TRANSLATIONS} & registered
+    assert len(translated) >= 14
+    assert {name for name in registered - translated if not name.endswith("_backward")} == set()
+
+
 def flags(lse=False, **arguments):
     """A call of `ops.attention`; a str among the arguments names an input, `key` and `value` too."""
     key, value = arguments.pop("key", "key"), arguments.pop("value", "value")

@@ -1,4 +1,4 @@
-"""`ops.add_layer_norm`, `ops.bias_gelu` and `ops.packed_linear` against PyTorch's own, values and
+"""`ops.bias_gelu`, `ops.gated_activation` and `ops.packed_linear` against PyTorch's own, values and
 gradients.
 """
 
@@ -8,60 +8,11 @@ import pytest
 import torch
 from tolerance import assert_close
 from torch import nn
-from torch.nn.functional import gelu, layer_norm, linear
+from torch.nn.functional import gelu, linear, silu
 
 from fastattn import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 33), (1, 1), (0, 8), (2, 1, 1000)])
-@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, False)])
-def test_add_layer_norm(dtype, shape, affine):
-    x, residual = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype) * 3
-    weight, bias = (torch.randn(shape[-1], dtype=dtype) if used else None for used in affine)
-    normalized, total = ops.add_layer_norm(x, residual, weight, bias, 1e-5)
-    assert torch.equal(total, residual + x)
-    exact = layer_norm(
-        total.double(), shape[-1:], *(p if p is None else p.double() for p in (weight, bias)), 1e-5
-    )
-    assert_close(normalized, layer_norm(total, shape[-1:], weight, bias, 1e-5), exact)
-
-
-def test_add_layer_norm_promotes_mixed_dtypes_and_takes_float32_parameters():
-    x, residual = torch.randn(4, 8).bfloat16(), torch.randn(4, 8)
-    weight, bias = torch.randn(8), torch.randn(8)
-    normalized, total = ops.add_layer_norm(x, residual, weight, bias, 1e-5)
-    assert normalized.dtype == total.dtype == torch.float32
-    torch.testing.assert_close(normalized, layer_norm(x + residual, (8,), weight, bias, 1e-5))
-    half, _ = ops.add_layer_norm(x, residual.bfloat16(), weight, bias, 1e-5)
-    assert half.dtype == torch.bfloat16
-
-
-def test_add_layer_norm_any_strides_and_no_aliasing():
-    x, residual = torch.randn(8, 5).T, torch.randn(5, 16)[:, ::2]
-    normalized, total = ops.add_layer_norm(x, residual, None, None, 1e-5)
-    torch.testing.assert_close(normalized, layer_norm(x + residual, (8,)))
-    assert total.data_ptr() not in (x.data_ptr(), residual.data_ptr())
-
-
-def test_add_layer_norm_dropout():
-    x, residual = torch.ones(64, 256, requires_grad=True), torch.zeros(64, 256)
-    torch.manual_seed(5)
-    _, total = ops.add_layer_norm(x, residual, None, None, 1e-5, dropout_p=0.25)
-    assert set(total.detach().unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
-    assert abs((total == 0).float().mean().item() - 0.25) < 0.02
-    (gradient,) = torch.autograd.grad(total.sum(), x)
-    assert torch.equal(gradient, total)
-    torch.manual_seed(5)
-    assert torch.equal(ops.add_layer_norm(x, residual, None, None, 1e-5, dropout_p=0.25)[1], total)
-
-
-def test_add_layer_norm_gradients():
-    shapes = [(3, 8), (3, 8), (8,), (8,)]
-    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *a: ops.add_layer_norm(*a, 1e-5), leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,6 +31,34 @@ def test_bias_gelu_leaves_its_input_alone_and_is_differentiable():
     ops.bias_gelu(x, bias)
     assert torch.equal(x, before)
     assert torch.autograd.gradcheck(ops.bias_gelu, (x.requires_grad_(), bias.requires_grad_()))
+
+
+def _activation(x, kind):
+    return silu(x) if kind == "silu" else gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(3, 5, 33), (64,), (0, 8), (1, 1)])
+def test_gated_activation(shape, kind, dtype):
+    # Two halves of one product, as models have them.
+    product = torch.cat([torch.randn(shape) * 4, torch.randn(shape)], -1).to(dtype)
+    before = product.clone()
+    gate, up = product.chunk(2, -1)
+    found = ops.gated_activation(gate, up, kind)
+    assert found.dtype == dtype
+    exact = _activation(gate.double(), kind) * up.double()
+    assert_close(found, _activation(gate, kind) * up, exact)
+    assert torch.equal(product, before), "the arguments were written to"
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+def test_gated_activation_gradients(kind):
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda *a: ops.gated_activation(*a, kind), (gate, up))
+    frozen = up.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.gated_activation(gate.detach(), frozen, kind).sum(), frozen)
+    torch.testing.assert_close(gradient, _activation(gate.detach(), kind))
 
 
 def _weights(sizes, width, dtype=torch.float32):
@@ -144,32 +123,32 @@ def test_packed_linear_under_autocast():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (
-            lambda: ops.add_layer_norm(torch.ones(2, 4), torch.ones(2, 5), None, None, 1e-5),
-            ValueError,
-            "one shape",
-        ),
-        (
-            lambda: ops.add_layer_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3), None, 1e-5),
-            ValueError,
-            "weight",
-        ),
-        (
-            lambda: ops.add_layer_norm(torch.ones(2, 4), torch.ones(2, 4), None, None, 1e-5, 2.0),
-            ValueError,
-            "dropout_p",
-        ),
-        (
-            lambda: ops.add_layer_norm(torch.ones(2, 4).int(), torch.ones(2, 4), None, None, 1e-5),
-            TypeError,
-            "x is",
-        ),
         (lambda: ops.bias_gelu(torch.ones(2, 4), torch.ones(3)), ValueError, r"bias \[N\]"),
         (lambda: ops.bias_gelu(torch.ones(2, 4), torch.ones(4), "erf"), ValueError, "'none' and 'tanh'"),
         (
             lambda: ops.bias_gelu(torch.ones(2, 4), torch.ones(4, device="meta")),
             ValueError,
             "bias is on meta",
+        ),
+        (
+            lambda: ops.gated_activation(torch.ones(2, 4), torch.ones(2, 4), "relu"),
+            ValueError,
+            "kind is 'relu'; accepted are 'silu', 'gelu' and 'gelu_tanh'",
+        ),
+        (
+            lambda: ops.gated_activation(torch.ones(2, 4), torch.ones(4)),
+            ValueError,
+            r"got \[2, 4\] and \[4\]",
+        ),
+        (
+            lambda: ops.gated_activation(torch.ones(2, 4), torch.ones(2, 4).half()),
+            TypeError,
+            "up is torch.float16 but gate is torch.float32",
+        ),
+        (
+            lambda: ops.gated_activation(torch.ones(2, 4).int(), torch.ones(2, 4).int()),
+            TypeError,
+            "gate is torch.int32",
         ),
         (lambda: ops.packed_linear(torch.ones(2, 4), [], []), ValueError, "at least one weight"),
         (

@@ -5,6 +5,27 @@ TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted
 """
 
 import os
+from collections.abc import Iterator
+
+import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs() -> Iterator[None]:
+    """Fill every new tensor with NaN, so that what a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many attention cases were drawn and compared; test_interpreted.py asks for a number of them."""
+    from attention_cases import DRAWN
+
+    if DRAWN:
+        terminalreporter.write_line(f"drawn attention cases: {sum(DRAWN.values())} ({dict(DRAWN)})")

@@ -1,0 +1,118 @@
+"""ONNX faces of the norms, alone, after a residual addition, and quantized by rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset20 as op
+
+from fastattn.onnx.graph import cast, computing_dtype, emit
+from fastattn.ops.norm_reference import QUANTIZED
+
+__all__ = [
+    "add_layer_norm",
+    "add_layer_norm_quantized",
+    "add_rms_norm",
+    "add_rms_norm_quantized",
+    "layer_norm",
+    "rms_norm",
+]
+
+
+def layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    """`fastattn::layer_norm`."""
+    return _rounded(_layer_norm(x, weight, bias, eps, like=x), x)
+
+
+def rms_norm(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    """`fastattn::rms_norm`."""
+    return _rounded(_rms_norm(x, weight, eps, offset, like=x), x)
+
+
+def add_layer_norm(
+    x: Any, residual: Any, weight: Any, bias: Any, eps: float, dropout_p: float, seed: Any
+) -> tuple[Any, Any]:
+    """`fastattn::add_layer_norm` as Sum and LayerNormalization.
+
+    Not Add: ONNX Runtime would fuse it into SkipLayerNormalization, on the CPU a scalar loop seven times
+    slower.
+    """
+    total = op.Sum(residual, x)
+    return _rounded(_layer_norm(total, weight, bias, eps, like=x), x), total
+
+
+def add_rms_norm(
+    x: Any, residual: Any, weight: Any, eps: float, offset: float, dropout_p: float, seed: Any
+) -> tuple[Any, Any]:
+    """`fastattn::add_rms_norm`; Sum, not Add, as in `add_layer_norm`."""
+    total = op.Sum(residual, x)
+    return _rounded(_rms_norm(total, weight, eps, offset, like=x), x), total
+
+
+def add_layer_norm_quantized(
+    x: Any, residual: Any, weight: Any, bias: Any, eps: float, dropout_p: float, seed: Any, quantize: str
+) -> tuple[Any, Any, Any]:
+    """`fastattn::add_layer_norm_quantized`."""
+    total = op.Sum(residual, x)
+    return *_quantized(_layer_norm(total, weight, bias, eps, like=x), quantize), total
+
+
+def add_rms_norm_quantized(
+    x: Any, residual: Any, weight: Any, eps: float, offset: float, dropout_p: float, seed: Any, quantize: str
+) -> tuple[Any, Any, Any]:
+    """`fastattn::add_rms_norm_quantized`."""
+    total = op.Sum(residual, x)
+    return *_quantized(_rms_norm(total, weight, eps, offset, like=x), quantize), total
+
+
+def _layer_norm(x: Any, weight: Any | None, bias: Any | None, eps: float, like: Any) -> Any:
+    """Not rounded to the dtype of `like`, whose dtype and last dimension are those of x."""
+    computing = computing_dtype(like.dtype)
+    if weight is None:
+        weight = op.ConstantOfShape([like.shape[-1]], value=ir.tensor([1.0], dtype=computing))
+    weight, bias = (None if each is None else cast(each, each.dtype, computing) for each in (weight, bias))
+    rows = cast(x, like.dtype, computing)
+    return emit("LayerNormalization", [rows, weight, bias], axis=-1, epsilon=eps)
+
+
+def _rms_norm(x: Any, weight: Any | None, eps: float, offset: float, like: Any) -> Any:
+    """Not rounded to the dtype of `like`, which is that of x.
+
+    Written as the pattern that ONNX Runtime replaces by its SimplifiedLayerNormalization when it loads the
+    model, at half the time (1024 x 768): opset 20 has no such operator.
+    """
+    computing = computing_dtype(like.dtype)
+    rows = cast(x, like.dtype, computing)
+    mean = op.ReduceMean(op.Pow(rows, _number(2.0, computing)), [-1], keepdims=1)
+    normalized = op.Div(rows, op.Sqrt(op.Add(mean, _number(eps, computing))))
+    if weight is None:
+        return normalized
+    factor = cast(weight, weight.dtype, computing)
+    if offset != 0.0:
+        factor = op.Add(factor, _number(offset, computing))
+    return op.Mul(normalized, factor)
+
+
+def _rounded(normalized: Any, like: Any) -> Any:
+    return cast(normalized, computing_dtype(like.dtype), like.dtype)
+
+
+def _number(value: float, dtype: Any) -> Any:
+    return op.Constant(value=ir.tensor(value, dtype=dtype))
+
+
+def _quantized(x: Any, quantize: str) -> tuple[Any, Any]:
+    """Rows [..., N] as int8 or float8 and their scales float32 [..., 1]: `quantize_rows` of the reference."""
+    dtype, largest = QUANTIZED[quantize]
+    x = op.Cast(x, to=ir.DataType.FLOAT)
+    scales = op.Div(op.ReduceMax(op.Abs(x), [-1], keepdims=1), largest)
+    tiny = torch.finfo(torch.float32).tiny
+    scales = op.Where(op.Less(scales, tiny), 1.0, scales)
+    scaled = op.Clip(op.Div(x, scales), -largest, largest)
+    if dtype == torch.int8:
+        # Halves go to even. The bits of an int8 NaN would be the machine's choice.
+        scaled = op.Round(scaled)
+        return op.Cast(op.Where(op.IsNaN(scaled), 0.0, scaled), to=ir.DataType.INT8), scales
+    return op.Cast(scaled, to=ir.DataType.FLOAT8E4M3FN), scales
