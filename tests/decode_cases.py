@@ -175,13 +175,14 @@ def decode_cases(
     draw: st.DrawFn,
     dtypes: tuple[torch.dtype, ...],
     head_dims: tuple[int, ...] = (16, 24, 40),
-    rows: int = 18,
-    capacity: int = 64,
+    batch: int = 3,
+    rows: int = 60,
+    capacity: int = 90,
 ) -> DecodeCase:
-    """Cases of up to `rows` queries times heads and `capacity` keys."""
-    queries = draw(st.integers(1, 16))
-    key_heads = draw(st.sampled_from((1, 2, 3)))
-    group = draw(st.sampled_from([g for g in (1, 2, 3, 4, 8) if g == 1 or g * key_heads * queries <= rows]))
+    """Cases of up to `batch` sequences, `rows` queries times heads and `capacity` keys."""
+    queries = draw(st.one_of(st.just(1), st.integers(1, min(rows, 16))))
+    key_heads = draw(st.sampled_from([n for n in (1, 2, 3) if n * queries <= rows]))
+    group = draw(st.sampled_from([n for n in (1, 2, 3, 4, 8, 20) if n * key_heads * queries <= rows]))
     keys = draw(st.integers(0, capacity))
     # Empty, full and anything between; with fewer keys than queries the first see nothing.
     length = st.one_of(st.just(0), st.just(keys), st.integers(0, keys), st.integers(0, min(keys, queries)))
@@ -189,7 +190,7 @@ def decode_cases(
         seed=draw(st.integers(0, 2**16)),
         dtype=draw(st.sampled_from(dtypes)),
         cache_dtype=draw(st.sampled_from((None, None, INT8, FP8))),
-        lengths=tuple(draw(st.lists(length, min_size=1, max_size=3))),
+        lengths=tuple(draw(st.lists(length, min_size=1, max_size=batch))),
         capacity=keys,
         queries=queries,
         key_heads=key_heads,

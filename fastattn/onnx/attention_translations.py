@@ -47,10 +47,10 @@ def varlen_attention(query: Any, key: Any, value: Any, *rest: Any) -> tuple[Any,
     default_start = named.pop("default_start")
     terms = AttentionTerms(**named)
     same_heads = query.shape[1] == key.shape[1]
-    biased = terms.rel_table is not None or terms.alibi_slopes is not None
-    if within_fused_operator(terms) and not biased and same_heads and query.dtype in FUSED_DTYPES:
-        return attend_each_sequence(query, key, value, bounds_q, bounds_k, terms.scale), _no_lse()
-    out, lse = attend_padded(query, key, value, bounds_q, bounds_k, terms, default_start)
+    arguments = (query, key, value, bounds_q, bounds_k, terms, default_start)
+    if within_fused_operator(terms) and same_heads and query.dtype in FUSED_DTYPES:
+        return attend_each_sequence(*arguments), _no_lse()
+    out, lse = attend_padded(*arguments)
     return out, _no_lse() if lse is None else lse
 
 

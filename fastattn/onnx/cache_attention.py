@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxscript import opset20 as op
 
 from fastattn.onnx.dense_attention import plain_attention
-from fastattn.onnx.graph import computing_dtype, vector
+from fastattn.onnx.graph import computing_dtype, number, vector
 from fastattn.onnx.score_terms import unless_unbounded
 from fastattn.ops.attention_terms import AttentionTerms
 from fastattn.ops.decode_cache import DecodeCache
@@ -43,7 +43,7 @@ def attend_cache(query: Any, cache: DecodeCache, terms: AttentionTerms) -> tuple
         first = op.Sub(op.Unsqueeze(starts, vector(1)), left)
         kept = unless_unbounded(left, op.GreaterOrEqual(numbers, first))
         kept = op.Unsqueeze(kept, vector(1, 3))
-        key, value = (op.Where(kept, x, op.CastLike(0.0, x)) for x in (key, value))
+        key, value = (op.Where(kept, x, number(0.0, computing)) for x in (key, value))
     terms = replace(terms, causal=True, key_lengths=lengths, query_starts=starts)
     key_heads = cache.key_cache.shape[1 if cache.block_table is None else 2]
     return plain_attention(query, key, value, terms, heads=(query.shape[1], key_heads), dtype=query.dtype)

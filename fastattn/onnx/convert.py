@@ -88,9 +88,9 @@ def to_onnx(program: Any) -> Any:
     """Translate an exported program and rewrite the graph.
 
     Raises:
-        ValueError: an operation drops values.
+        ValueError: an operation drops values, or rotates float64.
     """
-    _refuse_dropout(program)
+    _refuse_what_has_no_graph(program)
     with _quiet():
         translated = torch.onnx.export(
             program,
@@ -115,12 +115,17 @@ def _operations(program: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield schema.name.removeprefix("fastattn::"), arguments_by_name(node.target, node.args)
 
 
-def _refuse_dropout(program: Any) -> None:
+def _refuse_what_has_no_graph(program: Any) -> None:
     for name, arguments in _operations(program):
         if arguments.get("dropout_p", 0.0) > 0.0:
             raise ValueError(
                 f"fastattn::{name} is traced with dropout_p={arguments['dropout_p']}: dropout cannot be "
                 "exported; put the model in eval mode, or pass dropout_p=0.0"
+            )
+        if name == "rotary" and arguments["query"].meta["val"].dtype == torch.float64:
+            raise ValueError(
+                "fastattn::rotary is traced in float64, and ONNX Runtime's operator computes in float32; "
+                "convert the model to float32"
             )
 
 

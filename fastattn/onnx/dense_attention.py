@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset20 as op
 
-from fastattn.onnx.graph import CONTRIB_DOMAIN, computing_dtype, emit, vector
+from fastattn.onnx.graph import CONTRIB_DOMAIN, computing_dtype, emit, number, vector
 from fastattn.onnx.score_terms import Positions, position_bias, present_keys, visible_keys
 from fastattn.ops.attention_terms import AttentionTerms
 
@@ -46,7 +46,7 @@ def fused_attention(query: Any, key: Any, value: Any, mask: Any | None, terms: A
             *(_length_major(x) for x in (query, key, value)),
             None,
             None if mask is None else _int32(mask),
-            position_bias(terms, Positions(query, key, terms), query.dtype),
+            position_bias(terms, _positions(query, key, terms), query.dtype),
         ],
         CONTRIB_DOMAIN,
         num_heads=heads,
@@ -56,8 +56,13 @@ def fused_attention(query: Any, key: Any, value: Any, mask: Any | None, terms: A
     if mask is not None:
         # Where nothing may be attended the operator averages all values.
         sees_something = op.Cast(op.ReduceMax(_int32(mask), [1], keepdims=1), to=ir.DataType.BOOL)
-        out = op.Where(op.Unsqueeze(sees_something, [2]), out, op.Constant(value_float=0.0))
+        out = op.Where(op.Unsqueeze(sees_something, [2]), out, number(0.0, query.dtype))
     return op.Transpose(op.Reshape(out, [0, 0, heads, head_dim]), perm=[0, 2, 1, 3])
+
+
+def _positions(query: Any, key: Any, terms: AttentionTerms) -> Positions:
+    """Of [B, H, S, D]."""
+    return Positions(op.Shape(query, start=2, end=3), op.Shape(key, start=2, end=3), terms)
 
 
 def _length_major(x: Any) -> Any:
@@ -90,69 +95,69 @@ def plain_attention(
         out [B, Hq, Sq, Dv] and float32 lse [B, Hq, Sq], None where not asked for.
     """
     computing = computing_dtype(dtype)
-    positions = Positions(query, key, terms)
+    positions = _positions(query, key, terms)
     query, key, value = (op.Cast(x, to=computing) for x in (query, key, value))
     present = present_keys(terms, positions)
     if present is not None:
         # What lies past the length may be NaN: it must not enter a product.
         kept = op.Unsqueeze(present, vector(1, 3))
-        key, value = (op.Where(kept, x, op.CastLike(0.0, x)) for x in (key, value))
+        key, value = (op.Where(kept, x, number(0.0, computing)) for x in (key, value))
     scores = _per_query_head(
         op.MatMul(
-            _per_key_head(op.Mul(query, op.CastLike(terms.scale, query)), heads),
+            _per_key_head(op.Mul(query, number(terms.scale, computing)), heads),
             op.Transpose(key, perm=[0, 1, 3, 2]),
         ),
         heads,
     )
     if terms.softcap > 0.0:
-        cap = op.CastLike(terms.softcap, scores)
+        cap = number(terms.softcap, computing)
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
     for added in (terms.bias, position_bias(terms, positions, computing)):
         if added is not None:
             scores = op.Add(scores, op.Cast(added, to=computing))
     visible = visible_keys(terms, positions, present)
     if terms.bias is None and terms.sinks is None and not terms.return_lse:
-        out = op.MatMul(_per_key_head(_weights(scores, visible), heads), value)
-        return op.Cast(_blank(_per_query_head(out, heads), visible), to=dtype), None
+        out = op.MatMul(_per_key_head(_weights(scores, visible, computing), heads), value)
+        return op.Cast(_blank(_per_query_head(out, heads), visible, computing), to=dtype), None
     if visible is not None:
-        scores = op.Where(visible, scores, op.CastLike(float("-inf"), scores))
+        scores = op.Where(visible, scores, number(float("-inf"), computing))
     maximum = op.ReduceMax(scores, [-1], keepdims=1)
     sinks = None
     if terms.sinks is not None:
         sinks = op.Reshape(op.Cast(terms.sinks, to=computing), vector(1, -1, 1, 1))
         maximum = op.Max(maximum, sinks)
     # A row that sees nothing has the maximum -inf and the sum 0: both are replaced before they make a NaN.
-    maximum = op.Where(op.IsInf(maximum), op.CastLike(0.0, maximum), maximum)
+    maximum = op.Where(op.IsInf(maximum), number(0.0, computing), maximum)
     exponentials = op.Exp(op.Sub(scores, maximum))
     total = op.ReduceSum(exponentials, [-1], keepdims=1)
     if sinks is not None:
         total = op.Add(total, op.Exp(op.Sub(sinks, maximum)))
-    nothing = op.Equal(total, op.CastLike(0.0, total))
-    divisor = op.Where(nothing, op.CastLike(1.0, total), total)
+    nothing = op.Equal(total, number(0.0, computing))
+    divisor = op.Where(nothing, number(1.0, computing), total)
     attended = _per_query_head(op.MatMul(_per_key_head(exponentials, heads), value), heads)
     out = op.Cast(op.Div(attended, divisor), to=dtype)
     if not terms.return_lse:
         return out, None
-    lse = op.Where(nothing, op.CastLike(float("-inf"), total), op.Add(op.Log(divisor), maximum))
+    lse = op.Where(nothing, number(float("-inf"), computing), op.Add(op.Log(divisor), maximum))
     return out, op.Cast(op.Squeeze(lse, [3]), to=ir.DataType.FLOAT)
 
 
-def _weights(scores: Any, visible: Any | None) -> Any:
+def _weights(scores: Any, visible: Any | None, computing: Any) -> Any:
     """Softmax of finite scores; a row that sees nothing is the mean of everything, for `_blank` to clear.
 
     Half the time of the formula written out, which only -inf among the scores, sinks and the logsumexp need.
     """
     if visible is not None:
-        scores = op.Where(visible, scores, op.CastLike(MASKED_SCORE, scores))
+        scores = op.Where(visible, scores, number(MASKED_SCORE, computing))
     return op.Softmax(scores, axis=-1)
 
 
-def _blank(out: Any, visible: Any | None) -> Any:
+def _blank(out: Any, visible: Any | None, computing: Any) -> Any:
     """Zeros for the queries that see nothing."""
     if visible is None:
         return out
     sees_something = op.ReduceMax(_int32(visible), [-1], keepdims=1)
-    return op.Where(op.Cast(sees_something, to=ir.DataType.BOOL), out, op.CastLike(0.0, out))
+    return op.Where(op.Cast(sees_something, to=ir.DataType.BOOL), out, number(0.0, computing))
 
 
 def _per_key_head(x: Any, heads: tuple[int, int]) -> Any:

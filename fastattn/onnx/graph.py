@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -14,8 +14,10 @@ __all__ = [
     "FUSED_DTYPES",
     "Subgraph",
     "arguments_by_name",
+    "cast",
     "computing_dtype",
     "emit",
+    "number",
     "vector",
 ]
 
@@ -56,6 +58,11 @@ def emit(op_type: str, inputs: Sequence[Any], domain: str = "", **attributes: An
     return node.outputs[0]
 
 
+def number(value: float, dtype: Any) -> Any:
+    """A constant scalar of just this dtype: the recorder would make a float32 of a Python number."""
+    return op.Constant(value=ir.tensor(value, dtype=dtype))
+
+
 def vector(*elements: int) -> Any:
     """A constant int64 vector, for where the recorder cannot tell the dtype of a Python list."""
     return op.Constant(value_ints=list(elements))
@@ -74,6 +81,19 @@ class Subgraph:
         node = ir.node(op_type, inputs, attributes=attributes or None, domain=domain)
         self._nodes.append(node)
         return node.outputs[0]
+
+    def record(self, emitting: Callable[[], Any]) -> Any:
+        """Append what `emitting` emits by the functions of an operator set, and return what it returns.
+
+        Constants stay in the graph around: the recorder keeps one of a kind, and others may use it.
+        """
+        nodes = evaluator.default().nodes
+        before = len(nodes)
+        result = emitting()
+        emitted = nodes[before:]
+        nodes[before:] = [node for node in emitted if node.op_type == "Constant"]
+        self._nodes.extend(node for node in emitted if node.op_type != "Constant")
+        return result
 
     def graph(self, outputs: Sequence[tuple[Any, Any]]) -> Any:
         """The finished graph; `outputs` are pairs of a value and its type."""

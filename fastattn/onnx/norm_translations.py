@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset20 as op
 
-from fastattn.onnx.graph import cast, computing_dtype, emit
+from fastattn.onnx.graph import cast, computing_dtype, emit, number
 from fastattn.ops.norm_reference import QUANTIZED
 
 __all__ = [
@@ -85,22 +85,18 @@ def _rms_norm(x: Any, weight: Any | None, eps: float, offset: float, like: Any) 
     """
     computing = computing_dtype(like.dtype)
     rows = cast(x, like.dtype, computing)
-    mean = op.ReduceMean(op.Pow(rows, _number(2.0, computing)), [-1], keepdims=1)
-    normalized = op.Div(rows, op.Sqrt(op.Add(mean, _number(eps, computing))))
+    mean = op.ReduceMean(op.Pow(rows, number(2.0, computing)), [-1], keepdims=1)
+    normalized = op.Div(rows, op.Sqrt(op.Add(mean, number(eps, computing))))
     if weight is None:
         return normalized
     factor = cast(weight, weight.dtype, computing)
     if offset != 0.0:
-        factor = op.Add(factor, _number(offset, computing))
+        factor = op.Add(factor, number(offset, computing))
     return op.Mul(normalized, factor)
 
 
 def _rounded(normalized: Any, like: Any) -> Any:
     return cast(normalized, computing_dtype(like.dtype), like.dtype)
-
-
-def _number(value: float, dtype: Any) -> Any:
-    return op.Constant(value=ir.tensor(value, dtype=dtype))
 
 
 def _quantized(x: Any, quantize: str) -> tuple[Any, Any]:

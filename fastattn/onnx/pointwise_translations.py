@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnxscript import opset20 as op
 
 from fastattn.onnx.dense_attention import MASKED_SCORE
-from fastattn.onnx.graph import CONTRIB_DOMAIN, FUSED_DTYPES, cast, computing_dtype, emit, vector
+from fastattn.onnx.graph import CONTRIB_DOMAIN, FUSED_DTYPES, cast, computing_dtype, emit, number, vector
 
 __all__ = ["bias_gelu", "gated_activation", "rotary", "softmax"]
 
@@ -40,8 +40,8 @@ def softmax(x: Any, mask: Any | None, scale: float, causal: bool) -> Any:
     computing = computing_dtype(x.dtype)
     scores = cast(x, x.dtype, computing)
     if scale != 1.0:
-        scores = op.Mul(scores, op.CastLike(scale, scores))
-    floor = op.CastLike(MASKED_SCORE, scores)
+        scores = op.Mul(scores, number(scale, computing))
+    floor = number(MASKED_SCORE, computing)
     # What is hidden may be NaN, so it is replaced; what is seen may be -inf.
     visible = _not_after(x) if causal else None
     if mask is not None:
@@ -50,7 +50,7 @@ def softmax(x: Any, mask: Any | None, scale: float, causal: bool) -> Any:
         scores = op.Where(visible, scores, floor)
     scores = op.Max(scores, floor)
     nothing = op.Equal(op.ReduceMax(scores, [-1], keepdims=1), floor)
-    weights = op.Where(nothing, op.CastLike(0.0, scores), op.Softmax(scores, axis=-1))
+    weights = op.Where(nothing, number(0.0, computing), op.Softmax(scores, axis=-1))
     return cast(weights, computing, x.dtype)
 
 
@@ -67,8 +67,6 @@ def rotary(query: Any, key: Any, cos: Any, sin: Any, interleaved: bool) -> tuple
     The operator takes each angle once, [positions, R / 2], and looks them up by position.
     """
     width, dtype = cos.shape[-1], query.dtype
-    if dtype == ir.DataType.DOUBLE:
-        raise ValueError("rotary: float64 cannot be exported; call it in float32")
     once = ([0], [width], [-1], [2]) if interleaved else ([0], [width // 2], [-1], [1])
     caches = [
         op.Reshape(op.Slice(cast(x, x.dtype, ir.DataType.FLOAT), *map(_vector, once)), vector(-1, width // 2))

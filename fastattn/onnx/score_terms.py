@@ -22,12 +22,12 @@ class Positions:
     """Where keys stand relative to queries; each subgraph is emitted once, and only where it is asked for.
 
     Args:
-        query, key: values whose dimension 2 is the length.
+        queries, keys: how many there are, int64 [1].
         terms: `query_start` or `query_starts` say where query 0 is among the keys.
     """
 
-    def __init__(self, query: Any, key: Any, terms: AttentionTerms) -> None:
-        self._query, self._key, self._terms = query, key, terms
+    def __init__(self, queries: Any, keys: Any, terms: AttentionTerms) -> None:
+        self._queries, self._keys, self._terms = queries, keys, terms
         self._columns: Any = None
         self._distance: Any = None
 
@@ -35,7 +35,7 @@ class Positions:
     def columns(self) -> Any:
         """The keys' numbers, int64 [Sk]."""
         if self._columns is None:
-            self._columns = _numbers(self._key)
+            self._columns = _numbers(self._keys)
         return self._columns
 
     @property
@@ -45,13 +45,13 @@ class Positions:
             terms = self._terms
             start = terms.query_start if terms.query_starts is None else terms.query_starts
             start = vector(start) if isinstance(start, int) else op.Cast(start, to=ir.DataType.INT64)
-            rows = op.Unsqueeze(_numbers(self._query), [1])
+            rows = op.Unsqueeze(_numbers(self._queries), [1])
             self._distance = op.Sub(self.columns, op.Add(rows, op.Reshape(start, vector(-1, 1, 1, 1))))
         return self._distance
 
 
-def _numbers(x: Any) -> Any:
-    return op.Range(0, op.Squeeze(op.Shape(x, start=2, end=3), [0]), 1)
+def _numbers(count: Any) -> Any:
+    return op.Range(0, op.Squeeze(count, [0]), 1)
 
 
 def present_keys(terms: AttentionTerms, positions: Positions) -> Any | None:

@@ -49,7 +49,7 @@ def attention_torch(
         _attend(query[batch], key[batch, :, :length], value[batch, :, :length], _narrow(terms, batch, length))
         for batch, length in parts
     ]
-    return torch.cat(outs) if outs else query.new_zeros(*query.shape[:3], value.shape[3]), None
+    return torch.cat(outs) if outs else _zeros(query, key, value), None
 
 
 def _last_dim_contiguous(x: Tensor) -> Tensor:
@@ -152,22 +152,11 @@ def _attend_tile(
     """Attention of queries `rows` over keys `columns`, which the tensors already hold."""
     if key.shape[2] == 0:
         return _zeros(query, key, value)
-    visible = terms.visible(rows, columns, key.device)
     if terms.softcap > 0.0:
         dtype = computing_dtype(query)
-        out, _, _ = attend_tile(
-            query.to(dtype),
-            key.to(dtype),
-            value.to(dtype),
-            terms.added(rows, columns, key.device, dtype),
-            visible,
-            None,
-            None if terms.sinks is None else terms.sinks.to(dtype),
-            terms.scale,
-            terms.softcap,
-            0.0,
-        )
+        out, _, _ = attend_tile(query.to(dtype), key.to(dtype), value.to(dtype), rows, columns, terms)
         return out.to(query.dtype)
+    visible = terms.visible(rows, columns, key.device)
     # The CPU kernels take a float32 mask beside half-precision queries; a GPU's want the queries' dtype.
     dtype = computing_dtype(query) if query.device.type == "cpu" else query.dtype
     added = terms.added(rows, columns, key.device, dtype)

@@ -22,10 +22,8 @@ __all__ = [
     "attention_reference",
     "attention_weights",
     "computing_dtype",
-    "dropout_rows",
     "query_tiles",
     "varlen_attention_reference",
-    "without_absent_keys",
 ]
 
 # Scores of at most this many bytes exist at a time; above it the queries are taken in tiles.
@@ -48,40 +46,41 @@ def attend_tile(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    added: Tensor | None,
-    visible: Tensor | None,
-    keep: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    terms: AttentionTerms,
+    first_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, probabilities and logsumexp of one tile of queries; everything in the computing dtype.
+    """The formula on one tile, queries `rows` and keys `columns`, which the tensors hold already, in their
+    dtype.
 
     Args:
-        query: [B, Hq, rows, D]; key [B, Hkv, Sk, D]; value [B, Hkv, Sk, Dv].
-        added: broadcastable to [B, Hq, rows, Sk], added to the scaled and soft-capped scores.
-        visible: bool, likewise, False = not there.
-        keep: bool [B, Hq, rows, Sk], the weights that dropout spares.
-        sinks: [Hq].
+        query: [B, Hq, rows, D]; key [B, Hkv, columns, D]; value [B, Hkv, columns, Dv].
+        first_rows: int64 [B, Hq], the number of each head's query 0 among all rows, by which dropout is keyed;
+            None drops nothing.
+
+    Returns:
+        Output [B, Hq, rows, Dv], probabilities [B, Hq, rows, columns] and logsumexp [B, Hq, rows].
     """
     if torch.is_autocast_enabled(query.device.type):
         # Autocast would take the products to half precision; query, key and value have been through it.
         with torch.autocast(query.device.type, enabled=False):
-            return attend_tile(query, key, value, added, visible, keep, sinks, scale, softcap, dropout_p)
+            return attend_tile(query, key, value, rows, columns, terms, first_rows)
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = (query @ key.transpose(-1, -2)) * scale
-    if softcap > 0.0:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = (query @ key.transpose(-1, -2)) * terms.scale
+    if terms.softcap > 0.0:
+        scores = terms.softcap * torch.tanh(scores / terms.softcap)
+    added = terms.added(rows, columns, query.device, query.dtype)
     if added is not None:
         scores = scores + added
+    visible = terms.visible(rows, columns, query.device)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     logits = scores
-    if sinks is not None:
-        sink = sinks[:, None, None].expand(*scores.shape[:3], 1)
+    if terms.sinks is not None:
+        sink = terms.sinks.to(query.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         logits = torch.cat([scores, sink], dim=-1)
     if logits.shape[-1] == 0:
         lse = query.new_full(query.shape[:3], float("-inf"))
@@ -95,12 +94,16 @@ def attend_tile(
     lse = (torch.log(total) + maximum).masked_fill(empty, float("-inf"))[..., 0]
     probabilities = exponentials[..., : key.shape[2]] / total
     dropped = probabilities
-    if keep is not None:
-        dropped = probabilities * keep / (1.0 - dropout_p) if dropout_p < 1.0 else probabilities * 0.0
+    if first_rows is not None and terms.dropout_p > 0.0 and terms.seed is not None:
+        flat = first_rows[..., None] + torch.arange(*rows, device=query.device)
+        keep = keep_mask(terms.seed, flat, columns[1], terms.dropout_p)[..., columns[0] :]
+        dropped = (
+            probabilities * keep / (1.0 - terms.dropout_p) if terms.dropout_p < 1.0 else probabilities * 0.0
+        )
     return dropped @ value, probabilities, lse
 
 
-def without_absent_keys(x: Tensor, key_lengths: Tensor | None) -> Tensor:
+def _without_absent_keys(x: Tensor, key_lengths: Tensor | None) -> Tensor:
     """`x` [B, H, Sk, D] with zeros for the keys past the length, so that nothing a cache holds there, NaN
     included, reaches a result or a gradient.
     """
@@ -119,67 +122,40 @@ def attention_reference(
         out [B, Hq, Sq, Dv] in query's dtype, and lse [B, Hq, Sq] in the computing dtype (empty unless asked
         for).
     """
-    dtype, keys = computing_dtype(query), key.shape[2]
-    q = query.to(dtype)
-    k, v = (without_absent_keys(x.to(dtype), terms.key_lengths) for x in (key, value))
-    sinks = None if terms.sinks is None else terms.sinks.to(dtype)
-    compute = partial(
-        attend_tile, sinks=sinks, scale=terms.scale, softcap=terms.softcap, dropout_p=terms.dropout_p
-    )
-    tiles = query_tiles(query, keys)
+    batch, heads, length, _ = query.shape
+    first_rows = torch.arange(batch * heads, device=query.device).view(batch, heads) * length
+    dtype = computing_dtype(query)
+    k, v = (_without_absent_keys(x.to(dtype), terms.key_lengths) for x in (key, value))
+    recompute = len(query_tiles(query, key.shape[2])) > 1
+    out, lse = _in_tiles(query.to(dtype), k, v, terms, first_rows, recompute)
+    return out.to(query.dtype), lse if terms.return_lse else lse.new_empty(0)
+
+
+def _in_tiles(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, first_rows: Tensor, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp; under autograd, `recompute` keeps none of what is as large as the scores."""
+    keys = key.shape[2]
     outputs, normalizers = [], []
-    for rows in tiles:
-        arguments = (
-            q[:, :, rows[0] : rows[1]],
-            k,
-            v,
-            terms.added(rows, (0, keys), key.device, dtype),
-            terms.visible(rows, (0, keys), key.device),
-            _keep(terms, dropout_rows(query, rows), keys),
-        )
-        if len(tiles) > 1 and torch.is_grad_enabled():
-            output, _, lse = checkpoint(compute, *arguments, use_reentrant=False)
+    for rows in query_tiles(query, keys):
+        attend = partial(attend_tile, rows=rows, columns=(0, keys), terms=terms, first_rows=first_rows)
+        tile = query[:, :, rows[0] : rows[1]], key, value
+        if recompute and torch.is_grad_enabled():
+            output, _, lse = checkpoint(attend, *tile, use_reentrant=False)
         else:
-            output, _, lse = compute(*arguments)
+            output, _, lse = attend(*tile)
         outputs.append(output)
         normalizers.append(lse)
-    if not tiles:
-        return query.new_empty(*query.shape[:3], value.shape[3]), q.new_empty(
-            query.shape[:3] if terms.return_lse else 0
-        )
-    out = torch.cat(outputs, dim=2).to(query.dtype)
-    return out, torch.cat(normalizers, dim=2) if terms.return_lse else q.new_empty(0)
-
-
-def _keep(terms: AttentionTerms, rows: Tensor, keys: int) -> Tensor | None:
-    if terms.dropout_p == 0.0 or terms.seed is None:
-        return None
-    return keep_mask(terms.seed, rows, keys, terms.dropout_p)
-
-
-def dropout_rows(query: Tensor, rows: tuple[int, int]) -> Tensor:
-    """int64 [B, Hq, rows]: the flat index of each query row, which dropout is keyed by."""
-    batch, heads, length, _ = query.shape
-    flat = torch.arange(batch * heads, device=query.device).view(batch, heads, 1) * length
-    return flat + torch.arange(*rows, device=query.device)
+    if not outputs:
+        return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3])
+    return torch.cat(outputs, dim=2), torch.cat(normalizers, dim=2)
 
 
 def attention_weights(query: Tensor, key: Tensor, terms: AttentionTerms) -> Tensor:
     """The probabilities [B, Hq, Sq, Sk] themselves, for those who ask to see them; in query's dtype."""
     rows, columns, dtype = (0, query.shape[2]), (0, key.shape[2]), computing_dtype(query)
-    q, k = query.to(dtype), without_absent_keys(key.to(dtype), terms.key_lengths)
-    _, probabilities, _ = attend_tile(
-        q,
-        k,
-        k,
-        terms.added(rows, columns, key.device, dtype),
-        terms.visible(rows, columns, key.device),
-        None,
-        None if terms.sinks is None else terms.sinks.to(dtype),
-        terms.scale,
-        terms.softcap,
-        0.0,
-    )
+    q, k = query.to(dtype), _without_absent_keys(key.to(dtype), terms.key_lengths)
+    _, probabilities, _ = attend_tile(q, k, k, rows, columns, terms)
     return probabilities.to(query.dtype)
 
 
@@ -198,36 +174,21 @@ def varlen_attention_reference(
         out [Tq, Hq, Dv] in query's dtype, and lse [Hq, Tq] in the computing dtype (empty unless asked for).
     """
     dtype, heads = computing_dtype(query), query.shape[1]
-    sinks = None if terms.sinks is None else terms.sinks.to(dtype)
-    compute = partial(
-        attend_tile, sinks=sinks, scale=terms.scale, softcap=terms.softcap, dropout_p=terms.dropout_p
-    )
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    outputs, normalizers = [], []
-    for terms_, (q0, q1), (k0, k1) in zip(
+    q, k, v = (x.to(dtype).transpose(0, 1)[None] for x in (query, key, value))
+    first_rows = torch.arange(heads, device=query.device)[None] * query.shape[0]
+    outputs = [query.new_zeros(0, heads, value.shape[2], dtype=dtype)]
+    normalizers = [query.new_zeros(heads, 0, dtype=dtype)]
+    for each, (q0, q1), (k0, k1) in zip(
         sequence_terms(terms, bounds_q, bounds_k, default_start),
         pairwise(bounds_q),
         pairwise(bounds_k),
         strict=True,
     ):
-        rows, columns = (0, q1 - q0), (0, k1 - k0)
-        flat = torch.arange(heads, device=query.device)[:, None] * query.shape[0]
-        arguments = (
-            query[q0:q1].transpose(0, 1)[None].to(dtype),
-            key[k0:k1].transpose(0, 1)[None].to(dtype),
-            value[k0:k1].transpose(0, 1)[None].to(dtype),
-            terms_.added(rows, columns, key.device, dtype),
-            terms_.visible(rows, columns, key.device),
-            _keep(terms, (flat + torch.arange(q0, q1, device=query.device))[None], k1 - k0),
+        out, lse = _in_tiles(
+            q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], each, first_rows + q0, recompute=True
         )
-        if torch.is_grad_enabled():
-            output, _, lse = checkpoint(compute, *arguments, use_reentrant=False)
-        else:
-            output, _, lse = compute(*arguments)
-        outputs.append(output[0].transpose(0, 1))
+        outputs.append(out[0].transpose(0, 1))
         normalizers.append(lse[0])
-    if not outputs:
-        lse_shape = (heads, query.shape[0]) if terms.return_lse else (0,)
-        return query.new_zeros(query.shape[0], heads, value.shape[2]), query.new_empty(lse_shape, dtype=dtype)
-    out = torch.cat(outputs).to(query.dtype)
-    return out, torch.cat(normalizers, dim=1) if terms.return_lse else out.new_empty(0, dtype=dtype)
+    lse = torch.cat(normalizers, dim=1)
+    return torch.cat(outputs).to(query.dtype), lse if terms.return_lse else lse.new_empty(0)

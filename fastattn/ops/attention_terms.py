@@ -79,19 +79,28 @@ class AttentionTerms:
         broadcastable to [B, Hq, rows, columns]; None when there is none.
         """
         added = None if self.bias is None else _tile_of(self.bias, rows, columns).to(dtype)
-        if self.rel_table is None and self.alibi_slopes is None:
-            return added
-        distance = self._distance(rows, columns, device)
         if self.rel_table is not None:
-            furthest = self.rel_max_distance
-            by_distance = bias_by_distance(self.rel_table.to(dtype), self.rel_kind, furthest)
-            # [Hq, 1 or B, 1, rows, columns] to [1 or B, Hq, rows, columns]
-            relative = by_distance[:, distance.clamp(-furthest, furthest) + furthest][:, :, 0].transpose(0, 1)
+            relative = self._relative_bias(self.rel_table.to(dtype), rows, columns)
             added = relative if added is None else added + relative
         if self.alibi_slopes is not None:
+            distance = self._distance(rows, columns, device)
             alibi = self.alibi_slopes.to(dtype)[:, None, None] * -distance.abs().to(dtype)
             added = alibi if added is None else added + alibi
         return added
+
+    def _relative_bias(self, table: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+        """[1 or B, Hq, rows, columns], looked up once a distance, not once a query and key: each row is that
+        below it, moved on by one.
+        """
+        start = self.query_start if self.query_starts is None else self.query_starts[:, None]
+        # One distance more than there are, so that a tile without rows has one to move too.
+        first, last = columns[0] - rows[1], columns[1] - rows[0]
+        distances = torch.arange(first, last, device=table.device)[None] - start
+        furthest = self.rel_max_distance
+        by_distance = bias_by_distance(table, self.rel_kind, furthest)
+        values = by_distance[:, distances.clamp(-furthest, furthest) + furthest]  # [Hq, 1 or B, distances]
+        windows = values.unfold(2, columns[1] - columns[0], 1)[:, :, 1:]
+        return windows.flip(2).transpose(0, 1)
 
     def _distance(self, rows: tuple[int, int], columns: tuple[int, int], device: torch.device) -> Tensor:
         """Key less query position: int64 [1 or B, 1, rows, columns]."""

@@ -21,16 +21,15 @@ def check_cache(query: Tensor, cache: DecodeCache) -> None:
     key, value, table = cache.key_cache, cache.value_cache, cache.block_table
     paged = table is not None
     layout = "[blocks, block_size, heads, head_dim]" if paged else "[batch, heads, length, head_dim]"
-    given = f"got query {shape_of(query)}, key_cache {shape_of(key)}, value_cache {shape_of(value)}"
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(
-            f"{OP}: query must be [batch, heads, length, head_dim], key_cache and value_cache {layout}; {given}"
+            f"{OP}: query must be [batch, heads, length, head_dim], key_cache and value_cache {layout}; {_given(query, cache)}"
         )
     check_same(OP, "query", query, "query", query)
     if not 1 <= query.shape[2] <= MAX_QUERIES:
         raise ValueError(
             f"{OP}: query holds {query.shape[2]} new tokens; it takes 1 to {MAX_QUERIES} "
-            f"(more go to fastattn.ops.attention); {given}"
+            f"(more go to fastattn.ops.attention); {_given(query, cache)}"
         )
     if key.dtype != query.dtype and key.dtype not in QUANTIZED:
         raise TypeError(
@@ -43,19 +42,28 @@ def check_cache(query: Tensor, cache: DecodeCache) -> None:
     if key.shape[:3] != value.shape[:3] or key.shape[3] != query.shape[3]:
         raise ValueError(
             f"{OP}: key_cache and value_cache must agree in all but the last size, key_cache and query in the "
-            f"last; {given}"
+            f"last; {_given(query, cache)}"
         )
     heads = key.shape[2 if paged else 1]
     if heads == 0 or query.shape[1] % heads != 0:
         raise ValueError(
             f"{OP}: {query.shape[1]} query heads are not a multiple of the {heads} heads of key_cache, which is "
-            f"{layout}; {given}"
+            f"{layout}; {_given(query, cache)}"
         )
     if not paged and key.shape[0] != query.shape[0]:
-        raise ValueError(f"{OP}: key_cache must hold the {query.shape[0]} sequences of query; {given}")
+        raise ValueError(
+            f"{OP}: key_cache must hold the {query.shape[0]} sequences of query; {_given(query, cache)}"
+        )
     if table is not None:
         _check_table(query, table, key.shape[1])
     _check_scales(query, cache, heads)
+
+
+def _given(query: Tensor, cache: DecodeCache) -> str:
+    return (
+        f"got query {shape_of(query)}, key_cache {shape_of(cache.key_cache)}, "
+        f"value_cache {shape_of(cache.value_cache)}"
+    )
 
 
 def _check_table(query: Tensor, table: Tensor, block_size: int) -> None:

@@ -32,7 +32,8 @@ def scale_of_magnitude(magnitude, QUANTIZE: tl.constexpr):
 @triton.jit
 def quantized(x, scale, QUANTIZE: tl.constexpr):
     """x / scale as int8, or as the uint8 bits of fp8: to nearest, halves to even, saturating."""
-    scaled = x * (1.0 / scale)
+    # Of a scale of 1 the inverse must be 1: `/` is off by an ulp or two on a GPU.
+    scaled = x * tl.div_rn(1.0, scale)
     if QUANTIZE == "int8":
         scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
         # At 1.5 * 2**23 float32 is 1 apart: the addition rounds.

@@ -112,6 +112,4 @@ def _variants() -> dict[str, DecodeVariant]:
     return variants
 
 
-VARIANTS: dict[str, Callable[[str], Launch]] = {
-    name: variant.launch for name, variant in _variants().items()
-}
+VARIANTS: dict[str, Callable[[str], Launch]] = {name: variant.launch for name, variant in _variants().items()}

@@ -17,14 +17,17 @@ def attend_blocks(
     accumulator, maximum, total, query, key_at, value_at, mask_at, bias_at, distance_bias, reach, far_bias,
     slope, row_key, threshold, begin, end, key_count, position, left, right, rows_valid, score_scale, softcap,
     BOUNDARY: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_PER_QUERY: tl.constexpr,
-    BIAS_PER_QUERY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCALE_LATE: tl.constexpr, HAS_LENGTHS: tl.constexpr, DESCRIBED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, INDEX: tl.constexpr,
+    BIAS_PER_QUERY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCALE_LATE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """Attend the key blocks in [begin, end), a multiple of BLOCK_N long unless BOUNDARY.
 
-    `key_at` and `value_at` are as `load_rows` takes them, `mask_at` and `bias_at` (pointer, stride of queries,
-    stride of keys); what is absent is None.  `position` is the first query's among the keys; row r sees keys [r + left, r + right].
+    `key_at` and `value_at` are as `load_rows` takes them, `mask_at` and `bias_at` (pointer, stride of
+    queries, stride of keys); what is absent is None. `position` is the first query's among the keys; row r
+    sees keys [r + left, r + right]. `distance_bias`, `reach`, `far_bias` and `slope` are
+    `add_position_terms`'s.
     """
     row_numbers = tl.arange(0, BLOCK_M)
     key_numbers = tl.arange(0, BLOCK_N)

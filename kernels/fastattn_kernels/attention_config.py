@@ -9,7 +9,7 @@ import torch
 
 from ._tuned import tuned_choice
 
-__all__ = ["MAX_HEAD_DIM", "AttentionConfig", "choose_attention_config"]
+__all__ = ["MAX_HEAD_DIM", "AttentionConfig", "candidates", "choose_attention_config", "tuning_key"]
 
 MAX_HEAD_DIM = 256
 
@@ -74,6 +74,19 @@ HALF_PRECISION: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = 
         256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 32, 8, 2)),
     },
 }
+# The same where query, key and value are read through tensor descriptors: addresses take no registers then.
+DESCRIBED: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = {
+    "sm_90": {
+        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 3)),
+        128: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 64, 8, 3)),
+        256: (AttentionConfig(128, 64, 8, 2), AttentionConfig(128, 32, 8, 2)),
+    },
+    "sm_100": {
+        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 3)),
+        128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 32, 8, 3)),
+        256: (AttentionConfig(128, 32, 8, 2), AttentionConfig(128, 32, 8, 2)),
+    },
+}
 # Exact float32 products run outside the tensor cores, in tiles that registers bound, not bandwidth: at 128,
 # 32 keys or 4 warps spill on sm_90. Fewer than 64 queries: at 64 Triton 3.7.1 takes tcgen05, and so TF32, on
 # sm_100 whatever precision is asked for.
@@ -91,29 +104,78 @@ def choose_attention_config(
     architecture: str,
     query_block: int,
     crowded: bool,
+    describable: bool = False,
     gpu: str | None = None,
 ) -> AttentionConfig:
-    """The launch choices of one call.
+    """The launch choices of one call: those measured on this GPU, else the table's.
 
     Args:
         block_d: padded head size, the larger of key's and value's.
         dtype: of query, key and value.
         architecture: as `architecture_of` names it.
         query_block: the power of two, at least 16, that holds the most queries a sequence has.
-        crowded: whether a mask or bias per query, or dropout, joins the scores in registers.
+        crowded: whether a mask or bias per query, a relative bias or dropout joins the scores in registers.
+        describable: whether tensor descriptors can describe query, key and value.
+        gpu: as `gpu_of` names it.
     """
+    measured = tuned_choice("attention", gpu, **tuning_key(block_d, dtype, query_block, crowded, describable))
+    if measured is not None:
+        return AttentionConfig(**measured)
     size = max(64, block_d)
+    family = _family(architecture)
     if dtype == torch.float32:
         config = SINGLE_PRECISION[size]
+    elif describable and family in DESCRIBED:
+        config = replace(DESCRIBED[family][size][crowded], descriptors=True)
     else:
-        config = HALF_PRECISION[_family(architecture)][size][crowded]
+        config = HALF_PRECISION[family][size][crowded]
     # Few queries (a packed batch's pooled tokens, short cross attention) would leave most of a tall tile
     # empty.
     if query_block < config.block_m:
         # The warps share the keys then: at wide heads 64 of them spill on sm_90 and sm_80.
         keys = min(config.block_n, 64 if size <= 64 else 32)
-        config = replace(config, block_m=query_block, block_n=keys, num_warps=min(config.num_warps, 4))
+        config = replace(
+            config,
+            block_m=query_block,
+            block_n=keys,
+            num_warps=min(config.num_warps, 4),
+            descriptors=False,
+        )
     return config
+
+
+def tuning_key(
+    block_d: int, dtype: torch.dtype, query_block: int, crowded: bool, describable: bool
+) -> dict[str, object]:
+    """What measured choices are found by; all lengths from 128 queries on are one."""
+    return dict(
+        block_d=max(64, block_d),
+        dtype=dtype,
+        query_block=min(query_block, 128),
+        crowded=crowded,
+        describable=describable,
+    )
+
+
+def candidates(
+    block_d: int, dtype: torch.dtype, query_block: int, describable: bool
+) -> list[AttentionConfig]:
+    """The configurations worth measuring; those that do not fit a GPU fail to launch and drop out."""
+    if dtype == torch.float32:
+        rows, keys = (16, 32), (16, 32)
+    else:
+        rows, keys = (16, 32, 64, 128), (32, 64, 128) if block_d <= 128 else (16, 32, 64)
+    rows = (
+        tuple(m for m in rows if m <= query_block) if query_block < 64 else tuple(m for m in rows if m >= 32)
+    )
+    return [
+        AttentionConfig(block_m, block_n, num_warps, num_stages, descriptors)
+        for block_m in rows
+        for block_n in keys
+        for num_warps in (4, 8)
+        for num_stages in (1, 2, 3)
+        for descriptors in ((False, True) if describable and dtype != torch.float32 else (False,))
+    ]
 
 
 def _family(architecture: str) -> str:

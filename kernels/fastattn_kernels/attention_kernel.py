@@ -1,8 +1,8 @@
 """Device code of attention, dense and varlen: online softmax over key blocks (FlashAttention-2, Dao 2023).
 
 One program computes one tile of queries of one head. Key blocks that every query of the tile sees whole run
-in a loop without bounds; the others, at the window's edges, the diagonal and the end, in loops of their own;
-blocks that nothing sees, in none.
+in a loop without bounds; the others, at the window's left edge, at the diagonal and the end, in loops of
+their own; blocks that nothing sees, in none.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # Lengths change with every batch; specialized on (1, or divisible by 16), they would compile nine kernels.
 VARYING = [
-    "max_queries", "max_keys", "query_start", "window_left", "window_right", "reach", "threshold", "stride_lb",
-    "stride_lh", "stride_dh",
+    "max_queries", "max_keys", "query_start", "window_left", "window_right", "reach", "threshold",
+    "stride_lb", "stride_lh", "stride_dh",
 ]  # fmt: skip
 
 
@@ -35,9 +35,9 @@ def attention_kernel(
     stride_mb, stride_mh, stride_mm, stride_mn, stride_bb, stride_bh, stride_bm, stride_bn,
     stride_lb, stride_lh, stride_dh, stride_ah, stride_sh, VARLEN: tl.constexpr, DEFAULT_START: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCALE_LATE: tl.constexpr,
-    DESCRIBED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, BIAS_PER_QUERY: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, INDEX: tl.constexpr,
+    DESCRIBED: tl.constexpr, MASK_PER_QUERY: tl.constexpr, BIAS_PER_QUERY: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of BLOCK_M queries; the pointers of what is absent are None."""
     # Tiles of one head are neighbours and share its keys in the cache; where a row sees no keys beyond it,
@@ -76,18 +76,20 @@ def attention_kernel(
     rows_valid = first + tl.arange(0, BLOCK_M) < query_count
     wide_batch = batch.to(tl.int64)
     wide_head = head.to(tl.int64)
-    key_head = (head // group_size).to(tl.int64)
+    key_head = head // group_size
     first_row = query_begin + first
     if DESCRIBED:
         query_at = (query, batch, head)
-        key_at = (key, batch, head // group_size)
-        value_at = (value, batch, head // group_size)
+        key_at = (key, batch, key_head)
+        value_at = (value, batch, key_head)
     else:
         query_base = query + wide_batch * stride_qb + wide_head * stride_qh + query_begin * stride_qm
         query_at = (query_base, stride_qm, stride_qd)
-        key_base = key + wide_batch * stride_kb + key_head * stride_kh + key_begin * stride_kn
+        key_base = key + wide_batch * stride_kb + key_head.to(tl.int64) * stride_kh + key_begin * stride_kn
         key_at = (key_base, stride_kn, stride_kd)
-        value_base = value + wide_batch * stride_vb + key_head * stride_vh + key_begin * stride_vn
+        value_base = (
+            value + wide_batch * stride_vb + key_head.to(tl.int64) * stride_vh + key_begin * stride_vn
+        )
         value_at = (value_base, stride_vn, stride_vd)
     mask_at = None
     if mask is not None:
@@ -124,10 +126,11 @@ def attention_kernel(
         if PART == 2 or PART == 4 or (HAS_LEFT if PART == 0 else RELATIVE):
             accumulator, maximum, total = attend_blocks(
                 accumulator, maximum, total, query_tile, key_at, value_at, mask_at, bias_at, distance_zero,
-                reach, far_bias, slope, row_key, threshold, edges[PART], edges[PART + 1], key_count, first + start, first + left,
-                first + right, rows_valid, score_scale, softcap, PART == 0 or PART == 4, HAS_LEFT, HAS_RIGHT,
-                MASK_PER_QUERY, BIAS_PER_QUERY, HAS_SOFTCAP, SCALE_LATE, key_lengths is not None, DESCRIBED,
-                HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, INDEX,
+                reach, far_bias, slope, row_key, threshold, edges[PART], edges[PART + 1], key_count,
+                first + start, first + left, first + right, rows_valid, score_scale, softcap,
+                PART == 0 or PART == 4, HAS_LEFT, HAS_RIGHT, MASK_PER_QUERY, BIAS_PER_QUERY, HAS_SOFTCAP,
+                SCALE_LATE, key_lengths is not None, DESCRIBED, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N,
+                BLOCK_D, BLOCK_DV, INDEX,
             )  # fmt: skip
 
     empty = total == 0.0

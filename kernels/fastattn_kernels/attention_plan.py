@@ -170,11 +170,12 @@ def _plan(
         query.dtype,
         architecture,
         _block_of(arguments["max_queries"]),
-        crowded=mask_per_query or bias_per_query or dropout,
+        crowded=mask_per_query or bias_per_query or dropout or distance_bias is not None,
+        # Packed sequences end in the middle of a tensor, where a descriptor gives the next one's rows.
+        describable=not arguments["VARLEN"] and all(map(_describable, (query, key, value))),
         gpu=gpu,
     )
-    described = config.descriptors and not arguments["VARLEN"]
-    if described:
+    if config.descriptors:
         query = _described(query, config.block_m, block_d)
         key = _described(key, config.block_n, block_d)
         value = _described(value, config.block_n, block_dv)
@@ -215,7 +216,7 @@ def _plan(
         HAS_RIGHT=has_right,
         HAS_SOFTCAP=capped,
         SCALE_LATE=plain and scale > 0.0,
-        DESCRIBED=described,
+        DESCRIBED=config.descriptors,
         MASK_PER_QUERY=mask_per_query,
         BIAS_PER_QUERY=bias_per_query,
         HEAD_DIM=head_dim,
@@ -235,8 +236,22 @@ def _block_of(size: int) -> int:
     return max(16, 1 << max(size - 1, 0).bit_length())
 
 
+def _describable(x: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can describe `x`: contiguous rows, all else in whole 16 bytes."""
+    aligned = 16 // x.element_size()
+    return (
+        x.data_ptr() % 16 == 0
+        and x.stride(3) == 1
+        and all(
+            size == 1 or (stride > 0 and stride % aligned == 0)
+            for size, stride in zip(x.shape[:3], x.stride(), strict=False)
+        )
+        and x.numel() > 0
+    )
+
+
 def _described(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """[B, H, S, D] for loads of [rows, columns] of one head."""
-    # The stride of a dimension of one element means nothing to PyTorch, and has to be whole 16 bytes here.
-    strides = [x.shape[3] if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, columns])
+    """`x` [B, H, S, D] for loads of [rows, columns] of one head."""
+    # The stride of a dimension of one element means nothing to PyTorch, but has to be in whole 16 bytes.
+    strides = [16 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns])

@@ -1,4 +1,4 @@
-"""Which keys a tile of queries has to visit: where its sequence lies, what it may see, which blocks that is."""
+"""Which key blocks a tile of queries has to visit: where its sequence lies and what it may see."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def block_edges(
 ):  # fmt: skip
     """Six edges, in order, between which key blocks are alike for queries first to last.
 
-    Keys outside of the outermost two none of them sees; between the second and the fifth all of them see every
-    key. Between the third and the fourth are those of them that are not wholly outside of
+    Keys outside of the outermost two none of them sees; blocks between the second and the fifth all of them
+    see whole. Between the third and the fourth are those of these blocks that reach into
     [near_left, near_right): all, where that is None.
     """
     begin = 0
@@ -64,11 +64,17 @@ def block_edges(
     if HAS_RIGHT:
         whole_end = tl.minimum(tl.maximum(first + right + 1, 0), key_count)
         end = tl.minimum(tl.maximum(last + right + 1, 0), key_count)
-    whole_begin = tl.minimum(whole_begin, end)
-    whole_end = tl.maximum(whole_begin, whole_end // BLOCK_N * BLOCK_N)
+    # A loop from an edge that is no multiple of BLOCK_N, as `end` may be, is empty. Of the others the compiler
+    # has to know, or it reads masks and biases by single elements.
+    if HAS_LEFT:
+        begin = tl.multiple_of(begin, BLOCK_N)
+        whole_begin = tl.multiple_of(tl.minimum(whole_begin, end), BLOCK_N)
+    whole_end = tl.multiple_of(tl.maximum(whole_begin, whole_end // BLOCK_N * BLOCK_N), BLOCK_N)
     near_begin = whole_begin
     near_end = whole_end
     if near_left is not None:
         near_begin = tl.maximum(near_begin, tl.minimum(near_left, whole_end) // BLOCK_N * BLOCK_N)
         near_end = tl.minimum(tl.cdiv(tl.maximum(near_right, near_begin), BLOCK_N) * BLOCK_N, whole_end)
+        near_begin = tl.multiple_of(near_begin, BLOCK_N)
+        near_end = tl.multiple_of(near_end, BLOCK_N)
     return begin, whole_begin, near_begin, near_end, whole_end, end

@@ -25,7 +25,14 @@ def load_tile(pointers, rows_valid, columns_valid, CHECK_ROWS: tl.constexpr, CHE
 
 @triton.jit
 def load_rows(
-    at, start, rows, rows_valid, columns, CHECK_ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr
+    at,
+    start,
+    rows,
+    rows_valid,
+    columns,
+    CHECK_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """Load rows start + `rows` of one head, [rows, columns], zero past the head size and where checked.
 
@@ -40,13 +47,11 @@ def load_rows(
         base, stride_row, stride_column = at
         base += start.to(tl.int64) * stride_row
         pointers = base + rows[:, None] * stride_row + columns[None, :] * stride_column
-        return load_tile(pointers, rows_valid, columns < COLUMNS, CHECK_ROWS, COLUMNS != columns.shape[0])
+        return load_tile(pointers, rows_valid, columns < COLUMNS, CHECK_ROWS, columns.shape[0] != COLUMNS)
 
 
 @triton.jit
-def softmax_step(
-    scores, maximum, total, IN_LOG2: tl.constexpr, MAY_BE_EMPTY: tl.constexpr, late_scale=None
-):
+def softmax_step(scores, maximum, total, IN_LOG2: tl.constexpr, MAY_BE_EMPTY: tl.constexpr, late_scale=None):
     """Fold scores into the running maximum and sum; gives their weights and the factor of earlier ones.
 
     late_scale: positive; given where `scores` are not scaled yet. The scale is then one multiply-add with the

@@ -122,10 +122,12 @@ def choose_decode_config(
     if measured is not None:
         return DecodeConfig(**(measured | {"block_m": block_m}))
     config = SINGLE_PRECISION[size] if single else HALF_PRECISION[_family(architecture)][size]
-    # 4 warps spill with more rows at 128.
-    num_warps = 8 if block_m > 16 else config.num_warps
-    num_stages = config.num_stages
-    if cache_dtype.itemsize < dtype.itemsize:
+    quantized = cache_dtype.itemsize < dtype.itemsize
+    num_warps, num_stages = config.num_warps, config.num_stages
+    # At 128, 4 warps spill with more rows, and on Triton 3.9 with page numbers or conversions in registers.
+    if block_m > 16 or (size == 128 and (paged or quantized) and not architecture.startswith("gfx")):
+        num_warps = 8
+    if quantized:
         # As many bytes under way in smaller elements.
         num_stages += 1
     if paged:

@@ -118,8 +118,13 @@ def candidates(width: int, element_bytes: int) -> Iterator[NormConfig]:
         for block_rows in (1, 2, 4, 8, 16, 32):
             elements = block_rows * block_n
             for num_warps in (1, 2, 4, 8, 16):
-                # 4 to 64 elements a thread.
-                if (block_rows == 1 or elements <= 16384) and 128 <= elements // num_warps <= 2048:
+                # 4 to 64 elements a thread of 32; fewer only where there are no more.
+                each = elements // num_warps
+                if (
+                    (block_rows == 1 or elements <= 16384)
+                    and each <= 2048
+                    and (each >= 128 or num_warps == 1)
+                ):
                     yield NormConfig(block_rows, block_n, loop=False, num_warps=num_warps)
     for loop_block_n in (2048, 4096, 8192):
         if loop_block_n < block_n:

@@ -65,7 +65,8 @@ def norm_rows_kernel(
         tl.store(total + rows * WIDTH + columns, tile, mask=valid)
     values = tile.to(tl.float32)
     if not RMS:
-        mean = tl.sum(values, 1, keep_dims=True) / WIDTH
+        # Divided exactly: a row of one number must come out as zeros, however small eps is.
+        mean = tl.div_rn(tl.sum(values, 1, keep_dims=True), WIDTH * 1.0)
         values = tl.where(valid, values - mean, 0.0)
     variance = tl.sum(values * values, 1, keep_dims=True) / WIDTH
     result = scale_and_shift(
@@ -114,7 +115,7 @@ def norm_wide_kernel(
         else:
             # Blocks' means and squares combine without cancelling (Chan, Golub and LeVeque, 1979).
             count = tl.minimum(WIDTH - start, BLOCK_N).to(tl.float32)
-            block_mean = tl.sum(values, 0) / count
+            block_mean = tl.div_rn(tl.sum(values, 0), count)
             centered = tl.where(valid, values - block_mean, 0.0)
             difference = block_mean - mean
             seen = start + count

@@ -17,8 +17,8 @@ from .relative_bias import bucket_thresholds, directional_buckets
 __all__ = ["MARGIN", "bias_by_distance", "distances_of", "plan_bias_by_distance"]
 
 BLOCK = 256
-# How far the values go on beyond the last distance at which they change: tiles of attention, up to 256 by 256,
-# that reach across it look them up without bounds.
+# How far the values go on beyond the last distance at which they change: attention's tiles, up to 256 by
+# 256, look them up across it without bounds.
 MARGIN = 512
 
 

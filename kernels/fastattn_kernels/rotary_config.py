@@ -10,8 +10,8 @@ from ._tuned import tuned_choice
 
 __all__ = ["RotaryConfig", "candidates", "choose_rotary_config"]
 
-# Elements of a tile, 16 a thread: a pair of 16-byte loads of float16. Compiled, not timed: nothing spills, and
-# cosines and sines of a token stay in registers for all its heads. Others take sm_80's.
+# Elements of a tile by architecture; others take sm_80's. 16 a thread are a pair of 16-byte loads of float16.
+# Compiled, not timed: nothing spills, and cosines and sines of a token stay in registers for all its heads.
 TILE_ELEMENTS = {
     # sm_90 alike: 8 KiB in flight a program of float16.
     "sm_80": 2048,
@@ -70,5 +70,6 @@ def candidates(heads: int, block_d: int) -> Iterator[RotaryConfig]:
     for block_heads in (1, 2, 4, 8, 16, 32, 64):
         if block_heads <= padded and (block_heads * block_d <= 8192 or block_heads == 1):
             for num_warps in (1, 2, 4, 8):
-                if 4 <= block_heads * block_d // (32 * num_warps) <= 32:
+                each = block_heads * block_d // (32 * num_warps)
+                if each <= 32 and (each >= 4 or num_warps == 1):
                     yield RotaryConfig(block_heads, num_warps)

@@ -1,7 +1,7 @@
 """Masked, scaled, causal softmax over rows of any length: device code and launch. Arguments come validated.
 
-The length is no compile-time constant (but whether 16 divides it): keys grow by one a step. Two kernels: whole rows in registers, several
-a program, and long rows, one a program, block by block.
+The length is no compile-time constant (but whether 16 divides it): keys grow by one a step. Two kernels:
+whole rows in registers, several a program, and long rows, one a program, block by block.
 """
 
 from __future__ import annotations

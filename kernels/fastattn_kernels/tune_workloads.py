@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from . import activation_config, decode_config, norm_config, rotary_config
+from . import activation_config, attention_config, decode_config, norm_config, rotary_config
 from .activation import gated_activation_forward
+from .attention import attention_forward
 from .decode import decode_attention_forward
 from .norm import add_layer_norm_forward
 from .rotary import rotary_forward
@@ -64,8 +65,41 @@ def rotary(device: torch.device, heads: int, size: int, positions: int) -> Calla
     return lambda: rotary_forward(query, key, cos, sin, False)
 
 
+def attention(
+    device: torch.device,
+    size: int,
+    dtype: torch.dtype,
+    crowded: bool,
+    queries: int,
+    keys: int,
+    batch: int = 2,
+) -> Callable[[], Any]:
+    """`crowded` by a mask a query, as `choose_attention_config` has it."""
+    heads = 16
+    query, key, value = (
+        torch.randn(batch, length, heads, size, dtype=dtype, device=device).transpose(1, 2)
+        for length in (queries, keys, keys)
+    )
+    mask = torch.rand(batch, 1, queries, keys, device=device) < 0.9 if crowded else None
+    return partial(
+        attention_forward,
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        query_start=keys - queries,
+        scale=size**-0.5,
+    )
+
+
 def decode(
-    device: torch.device, size: int, cache_dtype: torch.dtype, block_size: int, group: int, positions: int
+    device: torch.device,
+    size: int,
+    cache_dtype: torch.dtype,
+    block_size: int,
+    group: int,
+    positions: int,
+    dtype: torch.dtype = HALF,
 ) -> Callable[[], Any]:
     batch, key_heads = 8, 8
     shape = (batch, key_heads, positions, size)
@@ -73,7 +107,7 @@ def decode(
         shape = (batch * positions // block_size, block_size, key_heads, size)
     caches = [torch.randn(shape, device=device) for _ in range(2)]
     scales = None
-    if cache_dtype != HALF:
+    if cache_dtype.itemsize == 1:
         scales = torch.full((key_heads,), 1 / 25, device=device)
         caches = [(cache * 25).clamp(-127, 127) for cache in caches]
     key, value = (cache.to(cache_dtype) for cache in caches)
@@ -82,7 +116,7 @@ def decode(
         pages = torch.randperm(shape[0], device=device).int().view(batch, -1)
     return partial(
         decode_attention_forward,
-        query=torch.randn(batch, key_heads * group, 1, size, dtype=HALF, device=device),
+        query=torch.randn(batch, key_heads * group, 1, size, dtype=dtype, device=device),
         key_cache=key,
         value_cache=value,
         cache_lengths=torch.full((batch,), positions, dtype=torch.int32, device=device),
@@ -104,27 +138,40 @@ def decode(
 def _norms() -> Iterable[Workload]:
     for width in (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536):
         for dtype in (HALF, torch.float32):
-            candidates = _by_width(norm_config.candidates, width, dtype.itemsize)
+            candidates = _anywhere(norm_config.candidates, width, dtype.itemsize)
             name = f"{width}-{str(dtype)[6:]}"
             for op, make in (("norm", norm), ("softmax", softmax)):
                 prepare = partial(make, width=width, dtype=dtype, elements=2**26)
                 yield Workload(f"{op}-{name}", op, prepare, candidates)
 
 
-def _by_width(candidates: Callable[..., Iterable[Any]], *arguments: int) -> Callable[[str], Iterable[Any]]:
+def _anywhere(candidates: Callable[..., Iterable[Any]], *arguments: Any) -> Callable[[str], Iterable[Any]]:
     """Candidates that are the same on all architectures."""
     return lambda architecture: candidates(*arguments)
 
 
 def _pointwise() -> Iterable[Workload]:
     for width in (64, 512, 1024, 4096, 8192, 16384):
-        candidates = _by_width(activation_config.candidates, width)
+        candidates = _anywhere(activation_config.candidates, width)
         prepare = partial(gated, width=width, elements=2**26)
         yield Workload(f"gated_activation-{width}", "pointwise", prepare, candidates)
     for heads, size in ((8, 64), (12, 64), (32, 64), (8, 128), (32, 128), (64, 128), (16, 256)):
-        candidates = _by_width(rotary_config.candidates, heads, size)
+        candidates = _anywhere(rotary_config.candidates, heads, size)
         prepare = partial(rotary, heads=heads, size=size, positions=8192)
         yield Workload(f"rotary-{heads}x{size}", "rotary", prepare, candidates)
+
+
+def _attentions() -> Iterable[Workload]:
+    for size in (64, 128, 256):
+        for dtype in (HALF, torch.float16):
+            for crowded, queries in ((False, 4096), (True, 4096), (False, 16)):
+                form = "mask" if crowded else f"{queries}queries"
+                prepare = partial(
+                    attention, size=size, dtype=dtype, crowded=crowded, queries=queries, keys=4096
+                )
+                # Contiguous heads of these sizes are what tensor descriptors can describe.
+                candidates = _anywhere(attention_config.candidates, size, dtype, min(queries, 128), True)
+                yield Workload(f"attention-{size}-{str(dtype)[6:]}-{form}", "attention", prepare, candidates)
 
 
 def _decodes() -> Iterable[Workload]:
@@ -145,4 +192,4 @@ def _decodes() -> Iterable[Workload]:
                     yield Workload(name, "decode_attention", prepare, candidates)
 
 
-WORKLOADS: tuple[Workload, ...] = (*_decodes(), *_norms(), *_pointwise())
+WORKLOADS: tuple[Workload, ...] = (*_attentions(), *_decodes(), *_norms(), *_pointwise())

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_checks import INTERPRETED, REDUCED, SEED
+from gpu_checks import INTERPRETED, SEED
 
 FOLDER = Path(__file__).parent
 # The checkout will do: nothing needs to be installed.
@@ -28,7 +28,7 @@ sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parents[1] / "kernels")]
 
 def pytest_report_header() -> str:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the interpreter or skipped"
-    return f"gpu suite: {where}; {'reduced' if REDUCED else 'full'} grid; FASTATTN_GPU_SEED={SEED}"
+    return f"gpu suite: {where}; FASTATTN_GPU_SEED={SEED}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

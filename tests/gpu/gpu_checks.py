@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Small sizes for the interpreter and for compute-sanitizer, which both run a hundred times slower.
-REDUCED = INTERPRETED or os.environ.get("FASTATTN_GPU_GRID") == "reduced"
 SEED = int(os.environ.get("FASTATTN_GPU_SEED") or random.SystemRandom().randrange(2**31))
 
 
 def length(full: int) -> int:
-    """`full` positions, or about a twentieth of them, still odd or even as it was, on the reduced grid."""
-    return full if not REDUCED or full <= 40 else full // 20 + (full // 20 + full) % 2
+    """`full` positions, or about a twentieth of them, still odd or even as it was, in the interpreter."""
+    return full if not INTERPRETED or full <= 40 else full // 20 + (full // 20 + full) % 2
 
 
 def has_e4m3(device: torch.device) -> bool:

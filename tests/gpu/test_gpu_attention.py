@@ -65,28 +65,35 @@ FLAGS: dict[str, Flags] = {
 }  # fmt: skip
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The op, twice into poisoned memory, against float64."""
+def drawn(flags: str, draw: Draw) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """A call with these flags: neither length fills its last tile, and there are several tiles of each."""
+    shape = (2, 4, length(417), length(689))
+    query = draw.heads(2, 4, shape[2], 64)
+    key, value = draw.heads(2, 2, shape[3], 64), draw.heads(2, 2, shape[3], 64)
+    return query, key, value, FLAGS[flags](draw, shape)
+
+
+def launched(query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The op's out and lse, computed twice into poisoned memory."""
     named = dict(given)
     table = named.pop("relative", None)
     if table is not None:
         named["relative_bias"] = ops.RelativeBias(table.table, table.kind, table.max_distance)
-    out, lse = run_twice(lambda: ops.attention(query, key, value, return_lse=True, **named))
+    return run_twice(lambda: ops.attention(query, key, value, return_lse=True, **named))
+
+
+def check(query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> None:
+    """What is launched against float64."""
+    out, lse = launched(query, key, value, given)
     exact = gpu_exact.attention(query, key, value, torch.float64, **given)
     own = gpu_exact.attention(query, key, value, query.dtype, **given)
     assert_exact(out, exact[0], own[0], "out")
     assert_exact(lse, exact[1], own[1], "lse")
-    return out, lse
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_flags(flags: str, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> None:
-    draw = Draw(generator, device, dtype)
-    # Neither size fills its last tile, and there are several of each.
-    shape = (2, 4, length(417), length(689))
-    query = draw.heads(2, 4, shape[2], 64)
-    key, value = draw.heads(2, 2, shape[3], 64), draw.heads(2, 2, shape[3], 64)
-    check(query, key, value, FLAGS[flags](draw, shape))
+    check(*drawn(flags, Draw(generator, device, dtype)))
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

@@ -53,10 +53,11 @@ def quantized(cache: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
-def check(
+def launched(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, given: dict[str, Any],
     *, block_size: int = 0, draw: Draw | None = None, scales: tuple[Tensor, Tensor] | None = None,
-) -> None:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op's out and lse, computed twice into poisoned memory, over pages where there is a block size."""
     named = dict(given)
     table = named.pop("relative", None)
     if table is not None:
@@ -69,18 +70,44 @@ def check(
         assert draw is not None
         pages, block_table = pages_of(torch.cat([key.float(), value.float()], -1), block_size, draw)
         caches = tuple(part.to(key.dtype) for part in pages.split((key.shape[3], value.shape[3]), -1))
-    out, lse = run_twice(
+    return run_twice(
         lambda: ops.decode_attention(query, *caches, lengths, block_table, return_lse=True, **named)
     )
+
+
+def check(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, given: dict[str, Any],
+    *, block_size: int = 0, draw: Draw | None = None, scales: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """What is launched against float64."""
+    out, lse = launched(query, key, value, lengths, given, block_size=block_size, draw=draw, scales=scales)
     if scales is not None:
         key, value = (x.float() * scale[:, None, None] for x, scale in zip((key, value), scales, strict=True))
     start = lengths.long() - query.shape[2]
     shared = {**given, "causal": True, "query_start": start, "key_lengths": lengths}
     exact = gpu_exact.attention(query, key, value, torch.float64, **shared)
     own = gpu_exact.attention(query, key, value, query.dtype, **shared)
-    # A query before position 0 is of a sequence shorter than the new tokens: it sees nothing, sinks included.
     assert_exact(out, exact[0], own[0], "out")
     assert_exact(lse, exact[1], own[1], "lse")
+
+
+def drawn(flags: str, draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    """A call with these flags of one new token a sequence."""
+    positions = length(1500)
+    key, value = (draw(3, CACHE_HEADS, positions, 64) for _ in range(2))
+    lengths = draw.integers(1, positions, 3)
+    return draw.heads(3, HEADS, 1, 64), key, value, lengths, FLAGS[flags](draw)
+
+
+def drawn_quantized(flags: str, cache_dtype: torch.dtype, draw: Draw) -> tuple[Any, ...]:
+    """The arguments of a call over a quantized cache, its scales last."""
+    positions = length(1200)
+    (key, key_scale), (value, value_scale) = (
+        quantized(draw(2, CACHE_HEADS, positions, 128), cache_dtype) for _ in range(2)
+    )
+    lengths = draw.integers(4, positions, 2)
+    query = draw.heads(2, HEADS, 4, 128)
+    return query, key, value, lengths, FLAGS[flags](draw), (key_scale, value_scale)
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -89,11 +116,7 @@ def test_flags(
     flags: str, block_size: int, dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> None:
     draw = Draw(generator, device, dtype)
-    positions = length(1500)
-    key, value = (draw(3, CACHE_HEADS, positions, 64) for _ in range(2))
-    lengths = draw.integers(1, positions, 3)
-    query = draw.heads(3, HEADS, 1, 64)
-    check(query, key, value, lengths, FLAGS[flags](draw), block_size=block_size, draw=draw)
+    check(*drawn(flags, draw), block_size=block_size, draw=draw)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5, 16])
@@ -133,16 +156,8 @@ def test_quantized_caches(
     if cache_dtype == torch.float8_e4m3fn and not has_e4m3(device):
         pytest.skip("e4m3 needs compute capability 8.9")
     draw = Draw(generator, device, dtype)
-    positions = length(1200)
-    (key, key_scale), (value, value_scale) = (
-        quantized(draw(2, CACHE_HEADS, positions, 128), cache_dtype) for _ in range(2)
-    )
-    lengths = draw.integers(4, positions, 2)
-    query = draw.heads(2, HEADS, 4, 128)
-    check(
-        query, key, value, lengths, FLAGS[flags](draw),
-        block_size=block_size, draw=draw, scales=(key_scale, value_scale),
-    )  # fmt: skip
+    *call, scales = drawn_quantized(flags, cache_dtype, draw)
+    check(*call, block_size=block_size, draw=draw, scales=scales)
 
 
 def test_what_the_cache_holds_past_its_length_is_never_read(

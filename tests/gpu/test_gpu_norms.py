@@ -5,14 +5,14 @@ from __future__ import annotations
 import gpu_exact
 import pytest
 import torch
-from gpu_checks import REDUCED, Draw, assert_exact, has_e4m3, run_twice
+from gpu_checks import INTERPRETED, Draw, assert_exact, has_e4m3, run_twice
 from torch import Tensor
 
 import fastattn
 from fastattn import ops
 
 EPS = 1e-5
-WIDTHS = [1, 7, 64, 768, 4096] if REDUCED else [1, 7, 64, 384, 768, 1000, 4096, 8192, 16384, 30001, 65536]
+WIDTHS = [1, 7, 64, 768, 4096] if INTERPRETED else [1, 7, 64, 384, 768, 1000, 4096, 8192, 16384, 30001, 65536]
 QUANTIZED = [("int8", torch.int8, 127.0), ("fp8", torch.float8_e4m3fn, 448.0)]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gpu_exact
 import pytest
 import torch
-from gpu_checks import REDUCED, Draw, assert_exact, length, run_twice
+from gpu_checks import INTERPRETED, Draw, assert_exact, length, run_twice
 from torch.nn import functional
 
 from fastattn import ops
 
-WIDTHS = [1, 13, 128, 1000] if REDUCED else [1, 13, 128, 1000, 4096, 8192, 20000, 65536]
+WIDTHS = [1, 13, 128, 1000] if INTERPRETED else [1, 13, 128, 1000, 4096, 8192, 20000, 65536]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -55,38 +55,52 @@ def one_by_one(
     return torch.cat(outs), torch.cat(sums, 1)
 
 
-def check(
+def launched(
     query: Tensor, key: Tensor, value: Tensor, lengths_q: list[int], lengths_k: list[int],
     given: dict[str, Any],
-) -> None:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op's out and lse, computed twice into poisoned memory."""
     named = dict(given)
     table = named.pop("relative", None)
     if table is not None:
         named["relative_bias"] = ops.RelativeBias(table.table, table.kind, table.max_distance)
-    starts_q, starts_k = bounds(lengths_q, query.device), bounds(lengths_k, query.device)
+    starts = bounds(lengths_q, query.device), bounds(lengths_k, query.device)
     # Upper bounds, not the maxima.
     limits = (max(lengths_q) + 7, max(lengths_k) + 3)
-    out, lse = run_twice(
-        lambda: ops.varlen_attention(query, key, value, starts_q, starts_k, *limits, return_lse=True, **named)
+    return run_twice(
+        lambda: ops.varlen_attention(query, key, value, *starts, *limits, return_lse=True, **named)
     )
-    exact = one_by_one(query, key, value, starts_q, starts_k, torch.float64, given)
-    own = one_by_one(query, key, value, starts_q, starts_k, query.dtype, given)
+
+
+def check(
+    query: Tensor, key: Tensor, value: Tensor, lengths_q: list[int], lengths_k: list[int],
+    given: dict[str, Any],
+) -> None:  # fmt: skip
+    """What is launched against float64."""
+    out, lse = launched(query, key, value, lengths_q, lengths_k, given)
+    starts = bounds(lengths_q, query.device), bounds(lengths_k, query.device)
+    exact = one_by_one(query, key, value, *starts, torch.float64, given)
+    own = one_by_one(query, key, value, *starts, query.dtype, given)
     assert_exact(out, exact[0], own[0], "out")
     assert_exact(lse, exact[1], own[1], "lse")
 
 
-def drawn_lengths(draw: Draw, *, empty: bool = True) -> list[int]:
+def drawn(flags: str, draw: Draw) -> tuple[Tensor, Tensor, Tensor, list[int], list[int], dict[str, Any]]:
+    """A call with these flags over sequences of random lengths, empty ones and single tokens among them."""
+    lengths_q, lengths_k = drawn_lengths(draw), drawn_lengths(draw)
+    query = draw(sum(lengths_q), HEADS, 64)
+    key, value = draw(sum(lengths_k), 2, 64), draw(sum(lengths_k), 2, 64)
+    return query, key, value, lengths_q, lengths_k, FLAGS[flags](draw, len(lengths_q))
+
+
+def drawn_lengths(draw: Draw) -> list[int]:
     lengths = draw.integers(1, length(300), 5).tolist()
-    return [*lengths[:2], *([0] if empty else []), 1, *lengths[2:]]
+    return [*lengths[:2], 0, 1, *lengths[2:]]
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_flags(flags: str, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> None:
-    draw = Draw(generator, device, dtype)
-    lengths_q, lengths_k = drawn_lengths(draw), drawn_lengths(draw)
-    query = draw(sum(lengths_q), HEADS, 64)
-    key, value = draw(sum(lengths_k), 2, 64), draw(sum(lengths_k), 2, 64)
-    check(query, key, value, lengths_q, lengths_k, FLAGS[flags](draw, len(lengths_q)))
+    check(*drawn(flags, Draw(generator, device, dtype)))
 
 
 @pytest.mark.parametrize("sizes", [(32, 32), (80, 80), (128, 128), (256, 256), (64, 128)])

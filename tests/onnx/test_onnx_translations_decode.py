@@ -43,6 +43,7 @@ CASES = {
     "logsumexp, paged, with sinks": call(paged=True, sinks="sinks", lse=True),
     "window": call(window=3),
     "window, paged": call(paged=True, window=0),
+    "window of a quarter of the cache": lambda x: call(window=x["keys"].shape[2] // 4)(x),
     "soft-capped": call(softcap=1.5, scale=0.8),
     "relative bias": call(relative=True),
     "alibi, paged": call(paged=True, alibi_slopes="slopes"),

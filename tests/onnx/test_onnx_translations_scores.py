@@ -68,6 +68,9 @@ DENSE = {
     "window, causal": dense(window=(2, 5), causal=True),
     "window that leaves rows nothing": dense(window=(1, 1), query_start=-3),
     "window from each row's own start": grouped(window=(2, 1), query_start="starts"),
+    "window of half the keys": lambda x: ops.attention(
+        x["query"], x["key"], x["value"], window=(x["key"].shape[2] // 2, x["key"].shape[2] // 4)
+    ),
     "window under a mask": dense(window=(2, 2), mask="mask4"),
     "soft-capped": dense(softcap=2.0),
     "soft-capped with bias": dense(softcap=0.5, bias="bias", scale=0.9),
@@ -166,6 +169,7 @@ PACKED = {
     "sinks": packed(sinks="sinks", lse=True),
     "everything at once": packed_groups(**EVERYTHING, lse=True),
 }
+LOOPS = ("t5", "mpnet", "t5 from a start", "t5 from each sequence's own start", "alibi", "alibi and mpnet")
 
 LENGTHS = [
     ([3, 2, 6], [4, 2, 5]),
@@ -212,3 +216,38 @@ def packed_results(request, packed_model):
 @pytest.mark.parametrize("name", PACKED)
 def test_varlen_attention(name, packed_results):
     assert_case(PACKED[name], name, *packed_results)
+
+
+def test_relative_bias_and_alibi_stay_in_the_loop_over_sequences(packed_model):
+    """Made for each sequence's own lengths, inside; only what MultiHeadAttention cannot say is padded."""
+    loops = [node for node in packed_model.model.graph if node.op_type == "Loop"]
+    assert len(loops) == len(LOOPS)
+    for loop in loops:
+        (branch,) = (n for n in loop.attributes["body"].as_graph() if n.op_type == "If")
+        (fused,) = (
+            n for n in branch.attributes["then_branch"].as_graph() if n.op_type == "MultiHeadAttention"
+        )
+        assert fused.inputs[5].producer().graph is fused.graph
+
+
+class Mixed(torch.nn.Module):
+    """One attention that the fused operator can say, and one that it cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(20, HEADS * DIM)
+        self.table = torch.nn.Parameter(torch.randn(BUCKETS, HEADS))
+
+    def forward(self, ids):
+        x = self.embedding(ids).unflatten(2, (HEADS, DIM)).transpose(1, 2)
+        biased = ops.attention(x, x, x, relative_bias=ops.RelativeBias(self.table, "t5", FURTHEST))
+        causal = ops.attention(x, x[:, :KV_HEADS], x[:, :KV_HEADS], causal=True)
+        return {"out": biased + causal}
+
+
+def test_conversion_demands_fused_attention_only_where_it_can_be():
+    from fastattn.onnx.convert import convert
+
+    ids = torch.randint(0, 20, (2, 5))
+    _, found = convert(Mixed().eval(), {"ids": ids}, ("batch", "sequence"), None, ("out",))
+    assert found["attention"] == 1 and found["packed_attention"] == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from attention_formula import attention_formula
 from tolerance import assert_close
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import ops
@@ -165,6 +166,19 @@ def test_no_score_matrix_beyond_the_byte_limit(name, monkeypatch):
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("name", TERMS)
+def test_autograd_keeps_no_score_matrix_beyond_the_byte_limit(name, monkeypatch):
+    """Whose tiles together would be one; it computes them again."""
+    query, key, value = (x.requires_grad_() for x in tensors())
+    monkeypatch.setattr(attention_reference, "TILE_BYTES", 2 * 4 * 4 * 23 * 4)
+    kept = []
+    for return_lse in (False, True):
+        with saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+            ops.attention(query, key, value, **TERMS[name], return_lse=return_lse)
+    # Queries, keys and values may be kept, and which keys there are: the last dimension is the head's.
+    assert all(x.shape[-1] in (16, 1) for x in kept), [x.shape for x in kept]
+
+
 class NoTensorOf(TorchDispatchMode):
     """Fails on a result with as many elements as one of the sizes, those of whole score matrices."""
 
@@ -227,12 +241,16 @@ def test_dropout_drops_or_doubles_the_weights(name):
     assert 0.4 < kept[weights != 0].float().mean() < 0.6
 
 
-def test_autocast_casts_query_key_and_value_alone():
+@pytest.mark.parametrize("name", TERMS)
+def test_autocast_casts_query_key_and_value_alone(name):
+    """And neither the scores nor what is added to them."""
     query, key, value = tensors()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.attention(query, key, value, **TERMS["everything"])
-    expected = ops.attention(*(x.bfloat16() for x in (query, key, value)), **TERMS["everything"])
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    for return_lse in (False, True):
+        arguments = TERMS[name] | dict(return_lse=return_lse)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ops.attention(query, key, value, **arguments)
+        expected = ops.attention(*(x.bfloat16() for x in (query, key, value)), **arguments)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", TERMS)

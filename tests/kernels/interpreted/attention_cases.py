@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -34,9 +35,13 @@ def make(
 
 @contextmanager
 def tiles(config: AttentionConfig) -> Iterator[None]:
-    """Launch choices as given, so that small tensors are several tiles."""
+    """Launch choices as given, so that small tensors are several tiles; descriptors where they can be."""
+
+    def choose(*args: Any, describable: bool, **named: Any) -> AttentionConfig:
+        return replace(config, descriptors=config.descriptors and describable)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_plan, "choose_attention_config", lambda *args, **named: config)
+        patch.setattr(attention_plan, "choose_attention_config", choose)
         yield
 
 
@@ -80,8 +85,8 @@ def check_varlen(
     flags = {"scale": head_dim**-0.5, **flags}
     cu_q, cu_k = (torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in (query_lengths, key_lengths))
     out, lse = varlen_attention_forward(
-        query=query, key=key, value=value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
-        max_seqlen_q=max(query_lengths) + slack, max_seqlen_k=max(key_lengths) + slack, return_lse=True, **flags,
+        query=query, key=key, value=value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=True,
+        max_seqlen_q=max(query_lengths) + slack, max_seqlen_k=max(key_lengths) + slack, **flags,
     )  # fmt: skip
     assert out.is_contiguous() and out.dtype == query.dtype
     assert lse.dtype == torch.float32 and lse.shape == (heads, tokens)

@@ -44,7 +44,7 @@ def choose_tiles(draw: st.DrawFn, rows: int, queries: int, keys: int) -> Attenti
     block_m, block_n = draw(st.sampled_from([(16, 16), (32, 16), (16, 32), (32, 32)]))
     while rows * -(-queries // block_m) * -(-keys // block_n) > MOST_BLOCKS and block_m * block_n < 128**2:
         block_m, block_n = (block_m * 2, block_n) if block_m <= block_n else (block_m, block_n * 2)
-    return AttentionConfig(block_m, block_n, 4, 1)
+    return AttentionConfig(block_m, block_n, 4, 1, descriptors=draw(st.booleans()))
 
 
 def normal(draw: st.DrawFn, *shape: int) -> torch.Tensor:

@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import float64_reference as reference
 import pytest
 import torch
+from attention_cases import check, make, run
 from fastattn_kernels._dropout import dropout_constants
 from fastattn_kernels.aot import compile_launch
-from fastattn_kernels.attention import attention_forward, plan_attention
+from fastattn_kernels.attention_plan import plan_attention
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 FP16_MINIMUM = torch.finfo(torch.float16).min
 FP32_MINIMUM = torch.finfo(torch.float32).min
-
-
-def make(
-    batch: int, heads: int, queries: int, keys: int, head_dim: int = 16, dtype: torch.dtype = torch.float32,
-    key_heads: int | None = None, value_dim: int | None = None, seed: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    key_heads, value_dim = key_heads or heads, value_dim or head_dim
-    shapes = ((heads, queries, head_dim), (key_heads, keys, head_dim), (key_heads, keys, value_dim))
-    query, key, value = (torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes)
-    return query, key, value
-
-
-def run(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None, key_lengths: torch.Tensor | None = None, causal: bool = False,
-    query_start: int = 0, query_starts: torch.Tensor | None = None, scale: float | None = None,
-    dropout_p: float = 0.0, seed: torch.Tensor | None = None, return_lse: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return attention_forward(
-        query,
-        key,
-        value,
-        mask,
-        bias,
-        key_lengths,
-        causal,
-        query_start,
-        query_starts,
-        scale,
-        dropout_p,
-        seed,
-        return_lse,
-    )
-
-
-def check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **flags: Any) -> torch.Tensor:
-    """Run the kernel and compare out and lse with float64 by the library's rule; returns out."""
-    out, lse = run(query, key, value, **flags)
-    seed, dropout_p = flags.pop("seed", None), flags.get("dropout_p", 0.0)
-    if seed is not None and dropout_p:
-        batch, heads, queries, _ = query.shape
-        rows = torch.arange(batch * heads * queries).view(batch, heads, queries)
-        flags["keep"] = reference.keep_mask(seed.item(), rows, key.shape[2], dropout_p)
-    flags.setdefault("scale", query.shape[-1] ** -0.5)
-    exact = reference.attention(query, key, value, **flags)
-    pytorch = reference.attention(query, key, value, **flags, dtype=query.dtype)
-    reference.assert_as_exact_as_pytorch(out, exact[0], pytorch[0], "out")
-    reference.assert_as_exact_as_pytorch(lse, exact[1], pytorch[1], "lse")
-    assert out.dtype == query.dtype and lse.dtype == torch.float32
-    return out
 
 
 # Around the tile sizes (128 queries, 32 or 64 keys): one, less than a tile, whole tiles, one more than a
@@ -163,22 +109,9 @@ def test_mask_and_bias_are_read_in_place() -> None:
     query, key, value = make(3, 4, 20, 70)
     mask, bias = torch.ones(3, 70, dtype=torch.bool), torch.zeros(1, 4, 1, 70)
     launch = plan_attention(
-        query,
-        key,
-        value,
-        torch.empty_like(query),
-        None,
-        mask,
-        bias,
-        None,
-        False,
-        0,
-        None,
-        1.0,
-        0.0,
-        None,
-        "sm_80",
-    )
+        query=query, key=key, value=value, out=torch.empty_like(query), lse=None, mask=mask, bias=bias,
+        scale=1.0, architecture="sm_80",
+    )  # fmt: skip
     arguments = launch.arguments
     assert arguments["mask"].data_ptr() == mask.data_ptr() and arguments["bias"].data_ptr() == bias.data_ptr()
     assert [arguments[f"stride_m{axis}"] for axis in "bhmn"] == [70, 0, 0, 1]
@@ -338,24 +271,6 @@ def test_nothing_to_do(batch: int, queries: int, keys: int) -> None:
     assert lse.shape == (batch, 2, queries) and (lse == float("-inf")).all()
 
 
-def test_everything_at_once() -> None:
-    query, key, value = make(3, 4, 140, 200, 40, torch.float16, key_heads=2, value_dim=24)
-    generator = torch.Generator().manual_seed(5)
-    check(
-        query,
-        key,
-        value,
-        mask=torch.rand(3, 1, 140, 200, generator=generator) > 0.2,
-        bias=torch.randn(1, 4, 140, 200, generator=generator),
-        key_lengths=torch.tensor([200, 0, 130]),
-        causal=True,
-        query_starts=torch.tensor([60, 3, -10]),
-        scale=0.3,
-        dropout_p=0.1,
-        seed=torch.tensor([99]),
-    )
-
-
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "message"),
     [(257, torch.float32, "at most 256"), (16, torch.float64, "float16, bfloat16 and float32")],
@@ -368,7 +283,7 @@ def test_what_the_kernel_cannot_do_is_refused(head_dim: int, dtype: torch.dtype,
 def test_compiling_ahead_of_time_needs_the_compiler() -> None:
     query, _, _ = make(1, 1, 4, 4)
     launch = plan_attention(
-        query, query, query, query, None, None, None, None, False, 0, None, 1.0, 0.0, None, "sm_90"
+        query=query, key=query, value=query, out=query, lse=None, scale=1.0, architecture="sm_90"
     )
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         compile_launch(launch, "sm_90")

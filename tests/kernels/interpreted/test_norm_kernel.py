@@ -56,7 +56,7 @@ def check(
     if rms:
         exact = pointwise.rms_norm(total.double(), doubles[0], eps, offset)
         own = torch.nn.functional.rms_norm(
-            total, x.shape[-1:], None if weight is None else weight + offset, eps
+            total, x.shape[-1:], None if weight is None else (weight + offset).to(x.dtype), eps
         )
     else:
         exact = pointwise.layer_norm(total.double(), *doubles, eps)
@@ -80,8 +80,8 @@ def test_any_form(data: st.DataObject) -> None:
     width = data.draw(
         st.integers(1, 300) | st.sampled_from([384, 768, 1024, 1025, 5120, 16385, 20000]), "width"
     )
-    most = 4 if width <= 1025 else 2
-    leading = data.draw(st.lists(st.integers(1, most), max_size=3), "leading")
+    most, dimensions = (4, 3) if width <= 1025 else (2, 1)
+    leading = data.draw(st.lists(st.integers(1, most), max_size=dimensions), "leading")
     dtype = data.draw(st.sampled_from([torch.float16, torch.float32]), "dtype")
     x, residual, weight, bias = make((*leading, width), dtype, mean=data.draw(st.sampled_from([0.0, 2.0])))
     layouts = st.sampled_from(pointwise.LAYOUTS)

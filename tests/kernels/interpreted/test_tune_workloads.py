@@ -13,9 +13,21 @@ from fastattn_kernels.tune_workloads import Workload
 
 # Small copies of what is measured, in what the interpreter computes rightly.
 SMALL = {
+    "attention-64-float16-4096queries": partial(
+        tune_workloads.attention, size=64, dtype=torch.float16, crowded=False, queries=17, keys=40, batch=1
+    ),
     "norm-256-bfloat16": partial(tune_workloads.norm, width=256, dtype=torch.float32, elements=1024),
     "softmax-256-bfloat16": partial(tune_workloads.softmax, width=256, dtype=torch.float32, elements=1024),
     "gated_activation-64": partial(tune_workloads.gated, width=64, elements=512),
+    "decode-64-int8-paged-4": partial(
+        tune_workloads.decode,
+        size=64,
+        cache_dtype=torch.int8,
+        block_size=16,
+        group=4,
+        positions=48,
+        dtype=torch.float16,
+    ),
     "rotary-8x64": partial(tune_workloads.rotary, heads=8, size=64, positions=3),
 }
 

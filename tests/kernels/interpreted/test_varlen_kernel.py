@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
-import float64_reference as reference
 import pytest
 import torch
+from attention_cases import check_varlen
 from fastattn_kernels.attention import varlen_attention_forward
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
@@ -15,11 +14,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["
 
 def check(
     query_lengths: list[int], key_lengths: list[int], heads: int = 2, key_heads: int = 2, head_dim: int = 16,
-    value_dim: int | None = None, dtype: torch.dtype = torch.float32, causal: bool = False,
-    query_start: int = 0, query_starts: torch.Tensor | None = None, default_start: bool = True,
-    dropout_p: float = 0.0, seed: torch.Tensor | None = None, slack: int = 0, pack: bool = True,
+    value_dim: int | None = None, dtype: torch.dtype = torch.float32, pack: bool = True, **flags: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Run the kernel and compare each sequence with float64; `slack`: max_seqlen less the maximum."""
+    """Random sequences through the kernel, each compared with float64."""
     generator = torch.Generator().manual_seed(sum(query_lengths) + head_dim)
     tokens, keys = sum(query_lengths), sum(key_lengths)
     query = torch.randn(tokens, heads, head_dim, generator=generator).to(dtype)
@@ -28,41 +25,7 @@ def check(
     if not pack:
         # As the three parts of one projection arrive.
         query, key, value = torch.stack([query, key, value], 1).unbind(1)
-    scale = head_dim**-0.5
-    cu_q = torch.tensor([0, *accumulate(query_lengths)], dtype=torch.int32)
-    cu_k = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32)
-    out, lse = varlen_attention_forward(
-        query, key, value, cu_q, cu_k, max(query_lengths) + slack, max(key_lengths) + slack, causal,
-        query_start, query_starts, default_start, scale, dropout_p, seed, True,
-    )  # fmt: skip
-    assert (
-        out.is_contiguous()
-        and out.dtype == dtype
-        and lse.dtype == torch.float32
-        and lse.shape == (heads, tokens)
-    )
-    for sequence in range(len(query_lengths)):
-        q0, q1 = cu_q[sequence : sequence + 2].tolist()
-        k0, k1 = cu_k[sequence : sequence + 2].tolist()
-        parts = [x[None].transpose(1, 2) for x in (query[q0:q1], key[k0:k1], value[k0:k1])]
-        if default_start:
-            start = (k1 - k0) - (q1 - q0)
-        else:
-            start = query_start if query_starts is None else int(query_starts[sequence])
-        keep = None
-        if dropout_p:
-            assert seed is not None
-            rows = torch.arange(heads)[:, None] * tokens + torch.arange(q0, q1)
-            keep = reference.keep_mask(int(seed), rows, k1 - k0, dropout_p)[None]
-        flags: dict[str, Any] = dict(
-            causal=causal, query_start=start, scale=scale, keep=keep, dropout_p=dropout_p
-        )
-        exact, exact_lse = reference.attention(*parts, **flags)
-        pytorch, pytorch_lse = reference.attention(*parts, **flags, dtype=dtype)
-        what = f"sequence {sequence}"
-        reference.assert_as_exact_as_pytorch(out[q0:q1].transpose(0, 1)[None], exact, pytorch, f"{what} out")
-        reference.assert_as_exact_as_pytorch(lse[:, q0:q1][None], exact_lse, pytorch_lse, f"{what} lse")
-    return out, lse
+    return check_varlen(query, key, value, query_lengths, key_lengths, **flags)
 
 
 @DTYPES
@@ -124,6 +87,7 @@ def test_dropout_counts_packed_rows(dtype: torch.dtype) -> None:
 def test_no_tokens(sequences: int) -> None:
     nothing, cu_seqlens = torch.zeros(0, 2, 16), torch.zeros(sequences + 1, dtype=torch.int32)
     out, lse = varlen_attention_forward(
-        nothing, nothing, nothing, cu_seqlens, cu_seqlens, 0, 0, True, 0, None, True, 1.0, 0.0, None, True
-    )
+        query=nothing, key=nothing, value=nothing, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=0, max_seqlen_k=0, scale=1.0, return_lse=True,
+    )  # fmt: skip
     assert out.shape == (0, 2, 16) and lse.shape == (2, 0)
