@@ -40,7 +40,7 @@ aot-full: AOT := --check
 aot-table: AOT := --table
 aot-full aot-table: $(INSTALLED) $(AOT_FOLDERS)
 	@failed=; for folder in $(AOT_FOLDERS); do \
-	    PYTHONPATH=$$folder $(BIN)/python -m fastattn_kernels.aot $(AOT) --jobs 2 $(ARGS) || failed=1; \
+	    PYTHONPATH=$$folder:kernels $(BIN)/python -m fastattn_kernels.aot $(AOT) --jobs 2 $(ARGS) || failed=1; \
 	done; test -z "$$failed"
 
 $(AOT_FOLDERS): .venv-triton/%: | $(INSTALLED)

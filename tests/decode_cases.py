@@ -1,5 +1,5 @@
-"""Decoding as hypothesis draws it: queries, caches in every layout with garbage where nothing may be read, and
-the formula, which shares nothing with the implementation.
+"""Decoding as hypothesis draws it: queries, caches in every layout with garbage where nothing may be read.
+And the formula, which shares nothing with the implementation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-__all__ = ["DecodeCase", "decode_formula", "decode_cases"]
+__all__ = ["DecodeCase", "decode_cases", "decode_formula"]
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 
@@ -91,8 +91,8 @@ class DecodeCase:
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
-        """The arguments of the operation's contract (its relative bias as `relative`: table, kind, distance), and
-        the dense keys and values that the formula takes, [B, Hkv, S, D] in float64.
+        """The arguments of the operation's contract (its relative bias as `relative`: table, kind, distance),
+        and the dense keys and values that the formula takes, [B, Hkv, S, D] in float64.
         """
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -125,16 +125,15 @@ class DecodeCase:
         return found
 
     def _table(self, read: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
-        """The page table with wrong entries where no key is read, and the same with pages of their own there."""
+        """The page table with wrong entries where no key is read, and with pages of their own there."""
         if not self.block_size:
             return None, None
         width = -(-self.capacity // self.block_size)
         batch = len(read)
         pages = torch.randperm(batch * width + 3, generator=generator)[: batch * width].view(batch, width)
-        column = torch.arange(self.capacity) // self.block_size
         used = torch.zeros(batch, width, dtype=torch.bool)
-        for sequence in range(batch):
-            used[sequence, column[read[sequence]]] = True
+        sequence, key = read.nonzero(as_tuple=True)
+        used[sequence, key // self.block_size] = True
         wrong = torch.tensor([-1, 10**6])[torch.arange(width) % 2]
         return torch.where(used, pages, wrong).to(torch.int32), pages
 
@@ -155,17 +154,19 @@ class DecodeCase:
             return rows
         shape = (pages.numel() + 3, self.block_size, rows.shape[1], rows.shape[3])
         cache = torch.full(shape, garbage).to(rows.dtype)
-        for sequence, key in read.nonzero().tolist():
-            page = pages[sequence, key // self.block_size]
-            cache[page, key % self.block_size] = rows[sequence, :, key]
+        sequence, key = read.nonzero(as_tuple=True)
+        where = pages[sequence, key // self.block_size], key % self.block_size
+        # As integers of their size: PyTorch cannot index float8.
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.itemsize]
+        cache.view(integers)[where] = rows.view(integers)[sequence, :, key]
         return cache
 
     def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Output and logsumexp by the formula in `dtype`."""
         tensors = self.tensors
         return decode_formula(
-            *(tensors[name] for name in ("query", "key", "value", "cache_lengths")), dtype, window=self.window,
-            scale=self.scale, softcap=self.softcap,
+            *(tensors[name] for name in ("query", "key", "value", "cache_lengths")), dtype,
+            window=self.window, scale=self.scale, softcap=self.softcap,
             **{name: tensors[name] for name in ("sinks", "alibi_slopes", "relative")},
         )  # fmt: skip
 

@@ -6,8 +6,10 @@ matter. The sizes are that section's, so that its compiled kernels are found in 
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +21,70 @@ ATTENTION = (
 )  # fmt: skip
 VARLEN = ("plain", "causal", "t5", "window-causal", "sinks")
 DECODE = ("plain", "window", "everything")
+# Positions a page; 0 is a contiguous cache.
+PAGES = (0, 16)
 
 
-def run_calls(draw: Any) -> Iterator[str]:
-    """Make each call, then give its name."""
-    import test_gpu_attention as attention
-    import test_gpu_decode as decode
-    import test_gpu_varlen as varlen
+def attention(flags: str, draw: Any) -> None:
+    import test_gpu_attention
+
+    test_gpu_attention.launched(*test_gpu_attention.drawn(flags, draw))
+
+
+def varlen(flags: str, draw: Any) -> None:
+    import test_gpu_varlen
+
+    test_gpu_varlen.launched(*test_gpu_varlen.drawn(flags, draw))
+
+
+def decode(flags: str, block_size: int, draw: Any) -> None:
+    import test_gpu_decode
+
+    test_gpu_decode.launched(*test_gpu_decode.drawn(flags, draw), block_size=block_size, draw=draw)
+
+
+def decode_quantized(dtype: Any, block_size: int, draw: Any) -> None:
+    import test_gpu_decode
+
+    *call, scales = test_gpu_decode.drawn_quantized("everything", dtype, draw)
+    test_gpu_decode.launched(*call, block_size=block_size, draw=draw, scales=scales)
+
+
+def calls(draw: Any) -> list[tuple[str, Callable[[Any], Any]]]:
+    """Each call and its name."""
     import torch
     from gpu_checks import has_e4m3
 
     from gpu_sections.smoke import LAUNCHES
 
-    for flags in ATTENTION:
-        attention.launched(*attention.drawn(flags, draw))
-        yield f"attention {flags}"
-    for flags in VARLEN:
-        varlen.launched(*varlen.drawn(flags, draw))
-        yield f"varlen {flags}"
     stored = [torch.int8, *([torch.float8_e4m3fn] if has_e4m3(draw.device) else [])]
-    for block_size in (0, 16):
-        for flags in DECODE:
-            decode.launched(*decode.drawn(flags, draw), block_size=block_size, draw=draw)
-            yield f"decode {flags}, pages of {block_size}"
-        for dtype in stored:
-            *call, scales = decode.drawn_quantized("everything", dtype, draw)
-            decode.launched(*call, block_size=block_size, draw=draw, scales=scales)
-            yield f"decode {dtype}, pages of {block_size}"
-    for launch in LAUNCHES:
-        launch(draw)
-        yield launch.__name__
+    return [
+        *((f"attention {flags}", partial(attention, flags)) for flags in ATTENTION),
+        *((f"varlen {flags}", partial(varlen, flags)) for flags in VARLEN),
+        *((f"decode {flags}, {size}", partial(decode, flags, size)) for flags in DECODE for size in PAGES),
+        *(
+            (f"decode {each}, {size}", partial(decode_quantized, each, size))
+            for each in stored
+            for size in PAGES
+        ),
+        *((launch.__name__, launch) for launch in LAUNCHES),
+    ]
 
 
-def main() -> int:
-    """Make every call and say how many there were."""
+def main(argv: list[str] | None = None) -> int:
+    """Make every call, or every N-th, and say how many there were."""
     import torch
     from gpu_checks import INTERPRETED, Draw
 
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--every", type=int, default=1, metavar="N")
+    arguments = parser.parse_args(argv)
     device = torch.device("cpu" if INTERPRETED else "cuda")
     done = 0
     for dtype in (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16):
-        for name in run_calls(Draw(torch.Generator().manual_seed(0), device, dtype)):
+        draw = Draw(torch.Generator().manual_seed(0), device, dtype)
+        for name, call in calls(draw)[:: arguments.every]:
+            call(draw)
             if not INTERPRETED:
                 torch.cuda.synchronize()
             done += 1

@@ -1,4 +1,4 @@
-"""compute-sanitizer over a reduced grid (sanitized.py): memory accesses outside tensors, races in shared memory."""
+"""compute-sanitizer over a reduced grid (sanitized.py): accesses outside tensors, races in shared memory."""
 
 from __future__ import annotations
 

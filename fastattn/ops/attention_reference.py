@@ -56,8 +56,8 @@ def attend_tile(
 
     Args:
         query: [B, Hq, rows, D]; key [B, Hkv, columns, D]; value [B, Hkv, columns, Dv].
-        first_rows: int64 [B, Hq], the number of each head's query 0 among all rows, by which dropout is keyed;
-            None drops nothing.
+        first_rows: int64 [B, Hq], the number of each head's query 0 among all rows, which keys dropout; None
+            drops nothing.
 
     Returns:
         Output [B, Hq, rows, Dv], probabilities [B, Hq, rows, columns] and logsumexp [B, Hq, rows].

@@ -46,8 +46,9 @@ def decode_attention(
     Args:
         query: [B, Hq, Sq, D], Sq from 1 to 16; float16, bfloat16, float32 or float64, any strides; D up to
             256 on a GPU. Query i is token cache_lengths - Sq + i of its sequence.
-        key_cache: [B, Hkv, S, D], Hq a multiple of Hkv; with `block_table` pages [blocks, block_size, Hkv, D].
-            Query's dtype, int8 or float8_e4m3fn; any strides. It holds the new tokens' keys already.
+        key_cache: [B, Hkv, S, D], Hq a multiple of Hkv; with `block_table` pages
+            [blocks, block_size, Hkv, D]. Query's dtype, int8 or float8_e4m3fn; any strides. It holds the new
+            tokens' keys already.
         value_cache: the same with Dv for D, in key_cache's dtype.
         cache_lengths: int32 or int64 [B]: keys of each sequence, the new ones included; what lies past them,
             or before the window, is never read. A sequence of 0, and queries before token 0, get zeros.

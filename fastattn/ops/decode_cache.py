@@ -33,8 +33,8 @@ class DecodeCache:
         return self.block_table.shape[1] * self.key_cache.shape[1]
 
     def read(self, batch: slice, keys: tuple[int, int], dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        """Keys and values [b, Hkv, n, D] of the sequences `batch`, from key to key of `keys`; a page is read
-        where one of these keys lies in it. In `dtype` and times their scales, or as they are where it is None.
+        """Keys and values [b, Hkv, n, D] of the sequences `batch`, from the first to the second of `keys`, of
+        which only the pages are read: in `dtype` and times their scales, or as they are where it is None.
         """
         key, value = (self._rows(cache, batch, keys) for cache in (self.key_cache, self.value_cache))
         if dtype is not None:

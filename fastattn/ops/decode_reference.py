@@ -1,4 +1,4 @@
-"""Decode attention in plain PyTorch: the reference, differentiable and exact in float64, and the CPU's path."""
+"""Decode attention in plain PyTorch: the reference, differentiable, exact in float64, and the CPU's path."""
 
 from __future__ import annotations
 

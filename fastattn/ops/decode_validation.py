@@ -1,4 +1,4 @@
-"""Checks of a decode cache: shapes, dtypes and scales always, the values of lengths and pages where readable."""
+"""Checks of a decode cache: shapes, dtypes and scales always; lengths and pages where they can be read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def check_cache(query: Tensor, cache: DecodeCache) -> None:
     layout = "[blocks, block_size, heads, head_dim]" if paged else "[batch, heads, length, head_dim]"
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(
-            f"{OP}: query must be [batch, heads, length, head_dim], key_cache and value_cache {layout}; {_given(query, cache)}"
+            f"{OP}: query must be [batch, heads, length, head_dim], key_cache and value_cache {layout}; "
+            + _given(query, cache)
         )
     check_same(OP, "query", query, "query", query)
     if not 1 <= query.shape[2] <= MAX_QUERIES:
@@ -41,13 +42,13 @@ def check_cache(query: Tensor, cache: DecodeCache) -> None:
         check_device(OP, "query", query, name, x)
     if key.shape[:3] != value.shape[:3] or key.shape[3] != query.shape[3]:
         raise ValueError(
-            f"{OP}: key_cache and value_cache must agree in all but the last size, key_cache and query in the "
-            f"last; {_given(query, cache)}"
+            f"{OP}: key_cache and value_cache must agree in all but the last size, key_cache and query in "
+            f"the last; {_given(query, cache)}"
         )
     heads = key.shape[2 if paged else 1]
     if heads == 0 or query.shape[1] % heads != 0:
         raise ValueError(
-            f"{OP}: {query.shape[1]} query heads are not a multiple of the {heads} heads of key_cache, which is "
+            f"{OP}: {query.shape[1]} query heads are not a multiple of the {heads} heads of key_cache, "
             f"{layout}; {_given(query, cache)}"
         )
     if not paged and key.shape[0] != query.shape[0]:

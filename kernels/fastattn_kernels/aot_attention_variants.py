@@ -79,10 +79,10 @@ class AttentionVariant:
             query = empty(tokens, HEADS, self.head_dim, dtype=self.dtype)
             key = empty(BATCH * self.keys, self.key_heads, self.head_dim, dtype=self.dtype)
             starts = empty(BATCH + 1, dtype=torch.int32)
-            lengths = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=self.queries)
             return plan_varlen_attention(
                 query=query, key=key, value=key, out=query, lse=empty(HEADS, tokens),
-                max_seqlen_k=self.keys, **lengths, **terms,
+                cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=self.queries, max_seqlen_k=self.keys,
+                **terms,
             )  # fmt: skip
         # As models have them: [B, S, H, D] seen as [B, H, S, D].
         query = empty(BATCH, self.queries, HEADS, self.head_dim, dtype=self.dtype).transpose(1, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -43,10 +44,8 @@ class AttentionConfig:
             raise ValueError(f"num_stages is {self.num_stages}; it must be at least 1")
 
 
-# By architecture and padded head size: the launch of plain scores, and that of crowded ones, where a mask or
-# bias per query or dropout takes registers beside them. Compiled, not timed: the largest tiles that do not
-# spill on Triton 3.7.1 (crowded ones may, by under 400 bytes, with everything at once over unaligned masks
-# and biases).
+# By architecture and padded head size: the launch of plain scores, and that of crowded ones (1, see
+# `choose_attention_config`). Compiled, not timed: the largest tiles that do not spill.
 HALF_PRECISION: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = {
     # 4 warps spill at 128 x 64, as do 64 keys at 128 wide heads. All fit the 99 KiB of sm_86, sm_89 and
     # sm_120, too.
@@ -55,10 +54,11 @@ HALF_PRECISION: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = 
         128: (AttentionConfig(128, 32, 8, 3), AttentionConfig(128, 32, 8, 3)),
         256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 32, 8, 2)),
     },
-    # Two warpgroups, so that one's softmax overlaps the other's wgmma.
+    # Two warpgroups, so that one's softmax overlaps the other's wgmma. At 128, the addresses of 128 keys
+    # spill.
     "sm_90": {
         64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 3)),
-        128: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 32, 8, 3)),
+        128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 32, 8, 3)),
         256: (AttentionConfig(128, 64, 8, 2), AttentionConfig(128, 32, 8, 2)),
     },
     # tcgen05. At 64, plain scores over 64 keys are held to 128 registers by ptxas and spill, as do 4 warps.
@@ -74,7 +74,8 @@ HALF_PRECISION: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = 
         256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 32, 8, 2)),
     },
 }
-# The same where query, key and value are read through tensor descriptors: addresses take no registers then.
+# The same through tensor descriptors, where addresses take no registers. On sm_80, which has no TMA, and in
+# AMD's compiler they cost more than pointers.
 DESCRIBED: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = {
     "sm_90": {
         64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 3)),
@@ -82,10 +83,18 @@ DESCRIBED: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = {
         256: (AttentionConfig(128, 64, 8, 2), AttentionConfig(128, 32, 8, 2)),
     },
     "sm_100": {
-        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 3)),
-        128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 32, 8, 3)),
+        64: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 64, 8, 3)),
+        128: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 32, 8, 3)),
         256: (AttentionConfig(128, 32, 8, 2), AttentionConfig(128, 32, 8, 2)),
     },
+}
+# Masks and biases that come by single elements, an address each, or several of them (crowded 2): few keys a
+# step.
+CROWDED = {
+    "sm_80": AttentionConfig(64, 16, 4, 1),
+    "sm_90": AttentionConfig(128, 16, 8, 2),
+    "sm_100": AttentionConfig(128, 16, 8, 2),
+    "gfx942": AttentionConfig(64, 16, 4, 1),
 }
 # Exact float32 products run outside the tensor cores, in tiles that registers bound, not bandwidth: at 128,
 # 32 keys or 4 warps spill on sm_90. Fewer than 64 queries: at 64 Triton 3.7.1 takes tcgen05, and so TF32, on
@@ -103,7 +112,7 @@ def choose_attention_config(
     dtype: torch.dtype,
     architecture: str,
     query_block: int,
-    crowded: bool,
+    crowded: int,
     describable: bool = False,
     gpu: str | None = None,
 ) -> AttentionConfig:
@@ -114,17 +123,22 @@ def choose_attention_config(
         dtype: of query, key and value.
         architecture: as `architecture_of` names it.
         query_block: the power of two, at least 16, that holds the most queries a sequence has.
-        crowded: whether a mask or bias per query, a relative bias or dropout joins the scores in registers.
+        crowded: what joins the scores in registers and shared memory: 0 nothing much; 1 a relative bias,
+            ALiBi, dropout, a mask or bias per query; 2 several that are loaded, or a mask or bias per query
+            whose rows begin anywhere, so that it comes by single elements.
         describable: whether tensor descriptors can describe query, key and value.
         gpu: as `gpu_of` names it.
     """
-    measured = tuned_choice("attention", gpu, **tuning_key(block_d, dtype, query_block, crowded, describable))
+    key = tuning_key(block_d, dtype, query_block, crowded, describable)
+    measured: dict[str, Any] | None = tuned_choice("attention", gpu, **key)
     if measured is not None:
         return AttentionConfig(**measured)
     size = max(64, block_d)
     family = _family(architecture)
     if dtype == torch.float32:
         config = SINGLE_PRECISION[size]
+    elif crowded == 2:
+        config = CROWDED[family]
     elif describable and family in DESCRIBED:
         config = replace(DESCRIBED[family][size][crowded], descriptors=True)
     else:
@@ -145,14 +159,14 @@ def choose_attention_config(
 
 
 def tuning_key(
-    block_d: int, dtype: torch.dtype, query_block: int, crowded: bool, describable: bool
+    block_d: int, dtype: torch.dtype, query_block: int, crowded: int, describable: bool
 ) -> dict[str, object]:
     """What measured choices are found by; all lengths from 128 queries on are one."""
     return dict(
         block_d=max(64, block_d),
         dtype=dtype,
         query_block=min(query_block, 128),
-        crowded=crowded,
+        crowded=int(crowded),
         describable=describable,
     )
 
@@ -161,13 +175,9 @@ def candidates(
     block_d: int, dtype: torch.dtype, query_block: int, describable: bool
 ) -> list[AttentionConfig]:
     """The configurations worth measuring; those that do not fit a GPU fail to launch and drop out."""
-    if dtype == torch.float32:
-        rows, keys = (16, 32), (16, 32)
-    else:
-        rows, keys = (16, 32, 64, 128), (32, 64, 128) if block_d <= 128 else (16, 32, 64)
-    rows = (
-        tuple(m for m in rows if m <= query_block) if query_block < 64 else tuple(m for m in rows if m >= 32)
-    )
+    keys = (16, 32) if dtype == torch.float32 else (32, 64, 128) if block_d <= 128 else (16, 32, 64)
+    heights = (16, 32) if dtype == torch.float32 else (16, 32, 64, 128)
+    rows = [size for size in heights if size <= query_block and (size >= 32 or query_block < 64)]
     return [
         AttentionConfig(block_m, block_n, num_warps, num_stages, descriptors)
         for block_m in rows

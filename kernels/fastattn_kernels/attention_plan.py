@@ -114,6 +114,13 @@ def _broadcast(scores: torch.Tensor | None) -> tuple[int, ...]:
     )
 
 
+def _aligned(scores: torch.Tensor | None, per_query: bool) -> bool:
+    """Whether the kernel reads a mask or bias by whole vectors."""
+    if scores is None or not per_query:
+        return True
+    return scores.stride(3) == 1 and scores.stride(2) % 16 == 0 and scores.data_ptr() % 16 == 0
+
+
 def _plan(
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     strides: tuple[tuple[int, ...], ...],
@@ -158,19 +165,25 @@ def _plan(
     if causal:
         window_right = 0
     has_left, has_right = 0 <= window_left < FAR // 2, 0 <= window_right < FAR // 2
-    by_position = has_left or has_right or distance_bias is not None or alibi_slopes is not None
+    by_distance = distance_bias is not None or alibi_slopes is not None
+    by_position = by_distance or has_left or has_right
     if not by_position or arguments["DEFAULT_START"]:
         query_starts = None
     block_d, block_dv = _block_of(head_dim), _block_of(value_dim)
     dropout = seed is not None and dropout_p > 0.0
     strides = (*strides, _broadcast(arguments["mask"]), _broadcast(bias))
     mask_per_query, bias_per_query = strides[4][2] != 0, strides[5][2] != 0
+    # What is loaded beside the scores, and how: see `choose_attention_config`.
+    loaded = mask_per_query + bias_per_query + (distance_bias is not None)
+    crowded = int(loaded > 0 or alibi_slopes is not None or dropout)
+    if loaded > 1 or not (_aligned(arguments["mask"], mask_per_query) and _aligned(bias, bias_per_query)):
+        crowded = 2
     config = choose_attention_config(
         max(block_d, block_dv),
         query.dtype,
         architecture,
         _block_of(arguments["max_queries"]),
-        crowded=mask_per_query or bias_per_query or dropout or distance_bias is not None,
+        crowded=crowded,
         # Packed sequences end in the middle of a tensor, where a descriptor gives the next one's rows.
         describable=not arguments["VARLEN"] and all(map(_describable, (query, key, value))),
         gpu=gpu,
@@ -187,7 +200,7 @@ def _plan(
     # the factor would overflow.
     to_base = LOG2E if bias is None else 1.0
     capped = softcap > 0.0
-    plain = not capped and bias is None and distance_bias is None and alibi_slopes is None
+    plain = not capped and bias is None and not by_distance
     arguments.update(
         zip(STRIDES, chain.from_iterable(strides), strict=True),
         query=query,

@@ -64,8 +64,8 @@ def block_edges(
     if HAS_RIGHT:
         whole_end = tl.minimum(tl.maximum(first + right + 1, 0), key_count)
         end = tl.minimum(tl.maximum(last + right + 1, 0), key_count)
-    # A loop from an edge that is no multiple of BLOCK_N, as `end` may be, is empty. Of the others the compiler
-    # has to know, or it reads masks and biases by single elements.
+    # A loop from an edge that is no multiple of BLOCK_N, as `end` may be, is empty. The compiler has to know
+    # that of the others, or it reads masks and biases by single elements.
     if HAS_LEFT:
         begin = tl.multiple_of(begin, BLOCK_N)
         whole_begin = tl.multiple_of(tl.minimum(whole_begin, end), BLOCK_N)

@@ -38,7 +38,8 @@ def decode_attention_forward(
 
     Args:
         query: [B, Hq, Sq, D], float16, bfloat16 or float32, any strides; D up to 256.
-        key_cache: [B, Hkv, S, D], or paged [blocks, block_size, Hkv, D]; query's dtype, int8 or float8_e4m3fn.
+        key_cache: [B, Hkv, S, D], or paged [blocks, block_size, Hkv, D]; query's dtype, int8 or
+            float8_e4m3fn.
         value_cache: the same with Dv for D.
         cache_lengths: int [B]: keys of each sequence, the Sq new ones included.
         block_table: int [B, n], the pages of each sequence in order, or None for a contiguous cache. Entries
@@ -149,7 +150,7 @@ def plan_decode_attention(
     split = num_splits > 1
     fp8 = None
     if key_cache.dtype == torch.float8_e4m3fn:
-        # As bytes: Triton has no zero of the type to fill masked places with, and below sm_89 refuses the type.
+        # As bytes: Triton has no zero of the type to fill masked places with, and refuses it below sm_89.
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
         fp8 = _fp8_conversion(architecture)
 
@@ -225,8 +226,8 @@ def plan_decode_attention(
 
 
 def _fp8_conversion(architecture: str) -> str:
-    """How float8_e4m3fn becomes a number: NVIDIA's from sm_89 on have an instruction; AMD's, before gfx950, only
-    for another e4m3, which has no negative zero.
+    """How float8_e4m3fn becomes a number: NVIDIA's from sm_89 on have an instruction; AMD's, before gfx950,
+    only for another e4m3, which has no negative zero.
     """
     return "instruction" if architecture.startswith("sm_") and int(architecture[3:]) >= 89 else "bits"
 

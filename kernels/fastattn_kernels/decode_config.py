@@ -1,4 +1,4 @@
-"""Launch choices of the decode kernels: data picked by rule, or measured; never by timing in a user's call."""
+"""Launch choices of the decode kernels: data, by rule or measured, never by timing in a user's call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DecodeConfig", "candidates", "choose_decode_config", "choose_num_spl
 
 MAX_SPLITS = 128
 # Multiprocessors of the largest GPU of each kind (A100, H100 SXM, B200, MI300X): a plan follows from shapes
-# and the architecture alone, so that it can be compiled anywhere. On a smaller GPU the surplus of splits waits.
+# and the architecture alone, and so can be compiled anywhere. On a smaller GPU the surplus of splits waits.
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 
@@ -48,9 +48,9 @@ class DecodeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-# By architecture and padded head size, for contiguous caches of two-byte elements. Compiled, not timed. Decoding
-# reads each key once and computes next to nothing, so tiles are what keeps memory busy: two programs a
-# multiprocessor with 64 KiB of keys and values under way each, where ~20 KiB in all hide the latency.
+# By architecture and padded head size, for contiguous caches of two-byte elements. Compiled, not timed.
+# Decoding reads each key once and computes next to nothing, so tiles are what keeps memory busy: two programs
+# a multiprocessor with 64 KiB of keys and values under way each, where ~20 KiB in all hide the latency.
 HALF_PRECISION = {
     # Two programs in the 163 KiB of sm_80, one in the 99 KiB of sm_86, sm_89 and sm_120.
     "sm_80": {
@@ -58,8 +58,8 @@ HALF_PRECISION = {
         128: DecodeConfig(16, 64, 4, 3, 2),
         256: DecodeConfig(16, 32, 4, 3, 2),
     },
-    # Rows are mostly fewer than wgmma's and tcgen05's 64: warp-level products, which keep up with memory. At 64,
-    # 128 keys and a relative bias spill.
+    # Rows are mostly fewer than wgmma's and tcgen05's 64: warp-level products, which keep up with memory. At
+    # 64, 128 keys and a relative bias spill.
     "sm_90": {
         64: DecodeConfig(16, 64, 4, 5, 2),
         128: DecodeConfig(16, 64, 4, 3, 2),

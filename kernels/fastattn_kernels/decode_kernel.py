@@ -29,14 +29,14 @@ VARYING = ["max_keys", "queries", "num_splits", "window_left", "stride_ls", "str
 
 @triton.jit(do_not_specialize=VARYING)
 def decode_kernel(
-    query, key_cache, value_cache, out, lse, cache_lengths, block_table, key_scale, value_scale,
-    rel_table, alibi_slopes, sinks, scale, softcap, window_left, key_heads, group_size, queries, max_keys, num_splits,
+    query, key_cache, value_cache, out, lse, cache_lengths, block_table, key_scale, value_scale, rel_table,
+    alibi_slopes, sinks, scale, softcap, window_left, key_heads, group_size, queries, max_keys, num_splits,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_os, stride_ob, stride_oh, stride_om, stride_ls,
-    stride_t, stride_rb, stride_rh, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    FP8: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, REL_EXACT: tl.constexpr,
-    REL_THRESHOLDS: tl.constexpr,
+    stride_t, stride_rb, stride_rh, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    REL_EXACT: tl.constexpr, REL_THRESHOLDS: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence for BLOCK_M rows, query-major, of one key head's group."""
     row_count = queries * group_size

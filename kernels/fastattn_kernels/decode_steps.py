@@ -28,7 +28,7 @@ def split_keys(length, queries, window_left, num_splits, WINDOW: tl.constexpr, B
 
 @triton.jit
 def locate_keys(start, keys_valid, pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page and the row in it of keys [start, start + BLOCK_N); `pages` is the sequence's row of the table.
+    """The page of keys [start, start + BLOCK_N) and their rows in it; `pages` is where the sequence's begin.
 
     PAGE_SIZE 0 is a contiguous cache, which has page 0 only.
     """
@@ -77,7 +77,7 @@ def dequantize(tile, FP8: tl.constexpr, dtype: tl.constexpr):
 def add_relative_bias(
     scores, steps, nearest, table, columns, stride_bucket, EXACT: tl.constexpr, THRESHOLDS: tl.constexpr
 ):
-    """Add the bias of keys `steps` before each row's query, as `relative_bias.bucket_thresholds` tells buckets.
+    """Add the bias of keys `steps` before each row's query, by the buckets of relative_bias.py.
 
     `columns` is where each row's head begins in the table, `nearest` the fewest steps of the tile: far keys,
     most of a long cache, share the last bucket.
@@ -97,7 +97,7 @@ def add_relative_bias(
 
 @triton.jit
 def add_sink(maximum, total, sink):
-    """Fold one more logit a row into the running maximum and sum; gives the factor of what was summed before."""
+    """Fold one more logit a row into the running maximum and sum; gives the factor of earlier sums, too."""
     new_maximum = tl.maximum(maximum, sink)
     shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     rescale = tl.math.exp2((maximum - shift) * LOG2E)

@@ -219,11 +219,11 @@ def test_compute_sanitizer_is_found_in_cuda_home(tmp_path: Path, monkeypatch: py
 
 def test_what_the_sanitizer_watches_runs_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_sections" / "sanitized.py")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_sections" / "sanitized.py"), "--every", "6"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTATTN_BACKEND": "triton", "PYTHONPATH": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert int(result.stdout.split()[-3]) == result.stdout.count("done: ") >= 40
+    assert int(result.stdout.split()[-3]) == result.stdout.count("done: ") >= 7
 
 
 def test_a_command_past_its_limit_is_stopped_with_its_children(tmp_path: Path) -> None:

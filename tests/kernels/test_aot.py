@@ -85,6 +85,12 @@ def test_the_installed_triton_gives_what_the_table_says() -> None:
     )
 
 
+def test_the_makefile_compiles_with_the_table_s_versions() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    (line,) = [line for line in makefile.splitlines() if line.startswith("TRITONS := ")]
+    assert tuple(line.split()[2:]) == aot_table.TRITON_VERSIONS
+
+
 def row(**changes: object) -> Row:
     usual = Row("attention-d64-fp16", "sm_90", "3.7.1", 128, 0, 65536, 8, 3, 16, 0, 0, 0, 0)
     return replace(usual, **changes)  # type: ignore[arg-type]

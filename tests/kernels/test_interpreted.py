@@ -1,6 +1,7 @@
 """Runs the files of interpreted/ in Triton's interpreter, one process a file, whatever this one imported."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ pytest.importorskip("triton")
 
 def test_every_kernel_has_a_file() -> None:
     assert {file.stem for file in FILES} >= {
-        "test_attention_kernel", "test_varlen_kernel", "test_norm_kernel", "test_activation_kernel",
+        "test_attention_kernel", "test_attention_drawn", "test_varlen_kernel", "test_norm_kernel",
+        "test_activation_kernel",
     }  # fmt: skip
 
 
@@ -31,3 +33,6 @@ def test_in_the_interpreter(file: Path) -> None:
         f"{file.name} under the interpreter:\n{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
     )
     assert " passed" in result.stdout, result.stdout
+    if file.stem == "test_attention_drawn":
+        drawn = re.search(r"drawn attention cases: (\d+)", result.stdout)
+        assert drawn and int(drawn[1]) >= 500, result.stdout[-2000:]

@@ -9,6 +9,7 @@ import torch
 from torch import randn, zeros
 
 from fastattn import ops
+from fastattn.ops.validation import may_read
 
 BOUNDS = torch.tensor([0, 3, 5], dtype=torch.int32)
 
@@ -150,3 +151,11 @@ def test_values_are_not_read_while_tracing():
     torch.testing.assert_close(
         compiled(value=torch.ones(5, 2, 16), cu_seqlens_q=BOUNDS.clone()), torch.ones(5, 4, 16)
     )
+
+
+def test_values_on_a_gpu_are_read_in_debug_mode_only(monkeypatch):
+    """Reading them stalls the stream; a meta tensor stands in for one on a GPU."""
+    monkeypatch.delenv("FASTATTN_DEBUG", raising=False)
+    assert may_read(BOUNDS) and not may_read(BOUNDS.to("meta"))
+    monkeypatch.setenv("FASTATTN_DEBUG", "1")
+    assert may_read(BOUNDS.to("meta"))

@@ -253,7 +253,7 @@ def test_autocast_casts_query_key_and_value_alone(name):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", ["causal window", "sinks", "alibi", "t5", "everything"])
 def test_one_graph_for_all_lengths_but_the_first(name):
     """Lengths from 2 on: the second length makes the graph for every other. (Length 1 makes one more, as
     PyTorch specializes on sizes 0 and 1.)
@@ -281,7 +281,7 @@ def test_one_graph_for_all_lengths_but_the_first(name):
     assert len(graphs) <= 2, len(graphs)
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", ["causal window", "softcap", "everything"])
 def test_compiled_gradients(name):
     query, key, value = (x.requires_grad_() for x in tensors())
     torch._dynamo.reset()

@@ -175,7 +175,7 @@ def test_gradients_reach_every_term(name):
     assert all(gradient.abs().max() > 0 for gradient in gradients[0])
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", ["causal window", "t5", "everything"])
 def test_one_graph_for_all_lengths(name):
     """Lengths and numbers of sequences from 2 on; 1 makes one more, as PyTorch specializes on it."""
     graphs = []

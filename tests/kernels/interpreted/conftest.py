@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted
 """
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -25,7 +26,7 @@ def _poisoned_outputs() -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many attention cases were drawn and compared; test_interpreted.py asks for a number of them."""
-    from attention_cases import DRAWN
-
-    if DRAWN:
-        terminalreporter.write_line(f"drawn attention cases: {sum(DRAWN.values())} ({dict(DRAWN)})")
+    cases = sys.modules.get("attention_cases")
+    if cases is not None and cases.DRAWN:
+        by_theme = ", ".join(f"{theme} {count}" for theme, count in cases.DRAWN.items())
+        terminalreporter.write_line(f"drawn attention cases: {sum(cases.DRAWN.values())} ({by_theme})")

@@ -16,34 +16,21 @@ FP32_MINIMUM = torch.finfo(torch.float32).min
 
 # Around the tile sizes (128 queries, 32 or 64 keys): one, less than a tile, whole tiles, one more than a
 # tile, several.
-LENGTHS = [(1, 1), (1, 70), (16, 64), (64, 64), (129, 128), (5, 200), (150, 37), (128, 192)]
+LENGTHS = [(1, 1), (1, 70), (129, 128), (5, 200), (150, 37)]
 
 
 @DTYPES
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)
 def test_lengths(queries: int, keys: int, causal: bool, dtype: torch.dtype) -> None:
-    check(*make(2, 2, queries, keys, 32, dtype), causal=causal, query_start=keys - queries)
+    check(*make(1, 2, queries, keys, 32, dtype), causal=causal, query_start=keys - queries)
 
 
 @DTYPES
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"),
-    # Powers of two, sizes models have (40, 80, 96, 160), odd ones, values wider and narrower than keys, and
-    # under a dot's 16.
-    [
-        (16, 16),
-        (24, 24),
-        (40, 40),
-        (65, 33),
-        (80, 80),
-        (96, 160),
-        (64, 128),
-        (192, 128),
-        (251, 256),
-        (256, 16),
-        (1, 3),
-    ],
+    # Sizes models have, odd ones, values wider and narrower than keys, and under a dot's 16.
+    [(80, 80), (65, 33), (96, 160), (192, 128), (251, 256), (256, 16), (1, 3)],
 )
 def test_head_sizes(head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     check(*make(1, 2, 20, 70, head_dim, dtype, value_dim=value_dim), causal=True, query_start=50)
@@ -55,12 +42,11 @@ def padding(lengths: list[int], keys: int, side: str) -> torch.Tensor:
     return positions < counts if side == "right" else positions >= keys - counts
 
 
-@DTYPES
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_padding_mask(side: str, causal: bool, dtype: torch.dtype) -> None:
+def test_padding_mask(side: str, causal: bool) -> None:
     mask = padding([70, 1, 40, 0], 70, side)
-    out = check(*make(4, 2, 70, 70, 16, dtype), mask=mask, causal=causal)
+    out = check(*make(4, 1, 70, 70, 16, torch.float16), mask=mask, causal=causal)
     assert not out[3].any(), "an all-padding row must be zeros"
 
 
@@ -70,31 +56,8 @@ def test_padding_mask_where_batch_equals_length(dtype: torch.dtype) -> None:
     check(*make(6, 2, 6, 6, 16, dtype), mask=padding([6, 5, 4, 3, 2, 1], 6, "right"))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 1, 1, 70),
-        (2, 1, 1, 70),
-        (2, 1, 20, 70),
-        (1, 4, 20, 70),
-        (2, 4, 20, 70),
-        (2, 4, 20, 1),
-        (1, 1, 20, 70),
-    ],
-)
-@DTYPES
-def test_four_dimensional_mask_and_bias(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensors = make(2, 4, 20, 70, 16, dtype, key_heads=2)
-    generator = torch.Generator().manual_seed(1)
-    mask = torch.rand(shape, generator=generator) > 0.4
-    bias = torch.randn(shape, generator=generator)
-    check(*tensors, mask=mask)
-    check(*tensors, bias=bias)
-    check(*tensors, bias=bias.to(dtype), mask=mask, causal=True, query_start=30)
-
-
 def test_masks_and_biases_of_any_stride() -> None:
-    tensors = make(2, 2, 20, 70)
+    tensors = make(2, 2, 20, 70, dtype=torch.float16)
     generator = torch.Generator().manual_seed(1)
     wide = torch.rand(2, 2, 40, 140, generator=generator)
     transposed = torch.rand(70, 20, generator=generator).T[None, None]
@@ -137,15 +100,14 @@ def test_large_and_infinite_bias(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out[0, 0, 4], value[0, 0, 33])
 
 
-@DTYPES
 @pytest.mark.parametrize("query_start", [0, 5, -7, 65, -1000, 1000, 2**40, -(2**40)])
-def test_causal_from_any_query_start(query_start: int, dtype: torch.dtype) -> None:
-    check(*make(1, 2, 70, 70, 16, dtype), causal=True, query_start=query_start)
+def test_causal_from_any_query_start(query_start: int) -> None:
+    check(*make(1, 1, 70, 70, 16, torch.float16), causal=True, query_start=query_start)
 
 
-@DTYPES
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])
-def test_causal_from_a_start_per_sequence(integers: torch.dtype, dtype: torch.dtype) -> None:
+def test_causal_from_a_start_per_sequence(integers: torch.dtype) -> None:
+    dtype = torch.float16
     starts = torch.tensor([0, 7, -3, -40, 500], dtype=integers)
     check(*make(5, 1, 20, 70, 16, dtype), causal=True, query_starts=starts)
     # The per-sequence starts win over the number, and every other element of a tensor is as good as a tensor.
@@ -153,13 +115,10 @@ def test_causal_from_a_start_per_sequence(integers: torch.dtype, dtype: torch.dt
     check(*make(5, 1, 20, 70, 16, dtype), causal=True, query_starts=strided, query_start=3)
 
 
-@DTYPES
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_key_lengths_hide_what_lies_past_them(
-    causal: bool, integers: torch.dtype, dtype: torch.dtype
-) -> None:
-    query, key, value = make(5, 2, 30, 140, 16, dtype)
+def test_key_lengths_hide_what_lies_past_them(causal: bool, integers: torch.dtype) -> None:
+    query, key, value = make(5, 1, 30, 140, 16, torch.float16)
     lengths = torch.tensor([0, 1, 64, 140, 200], dtype=integers)
     for sequence, length in enumerate(lengths.tolist()):
         key[sequence, :, length:] = float("nan")
@@ -177,15 +136,8 @@ def test_a_masked_row_is_zeros_whatever_the_values_hold() -> None:
     assert not out[0].any() and (lse[0] == float("-inf")).all() and out.isfinite().all()
 
 
-@DTYPES
-@pytest.mark.parametrize("key_heads", [1, 2, 6])
-def test_grouped_query_heads(key_heads: int, dtype: torch.dtype) -> None:
-    check(*make(2, 6, 20, 70, 16, dtype, key_heads=key_heads), causal=True, query_start=50)
-
-
-@DTYPES
-def test_any_strides(dtype: torch.dtype) -> None:
-    query, key, value = make(2, 4, 20, 70, 24, dtype, key_heads=2)
+def test_any_strides() -> None:
+    query, key, value = make(2, 4, 20, 70, 24, torch.float16, key_heads=2)
     expected, _ = run(query, key, value)
 
     def sequence_major(x: torch.Tensor) -> torch.Tensor:
@@ -206,6 +158,8 @@ def test_any_strides(dtype: torch.dtype) -> None:
 
 def test_offsets_past_32_bits() -> None:
     keys, apart = 18, 2**27
+    # Not poisoned: that would touch every page of what follows.
+    torch.use_deterministic_algorithms(False)
     try:
         # 5 GB of addresses, of which the rows below are the only ones ever touched.
         storage = torch.empty(keys * apart, dtype=torch.float16)
@@ -228,21 +182,14 @@ def test_output_is_laid_out_by_position() -> None:
     assert run(*make(2, 3, 5, 7), return_lse=False)[1].shape == (0,)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
-def test_scale(scale: float) -> None:
-    check(*make(1, 2, 20, 70), scale=scale)
-    check(*make(1, 2, 20, 70), scale=scale, bias=torch.randn(1, 1, 20, 70))
-
-
-@DTYPES
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -(2**63), -5])
-def test_dropout_is_the_formula_s(seed: int, dtype: torch.dtype) -> None:
-    tensors = make(2, 2, 20, 140, 16, dtype)
+def test_dropout_is_the_formula_s(seed: int) -> None:
+    tensors = make(2, 2, 20, 140, 16, torch.float16)
     check(*tensors, dropout_p=0.3, seed=torch.tensor([seed]), causal=True, query_start=100)
 
 
 def test_dropout_keeps_lse_and_repeats() -> None:
-    tensors = make(2, 2, 20, 140)
+    tensors = make(1, 2, 20, 140, dtype=torch.float16)
     first, lse = run(*tensors, dropout_p=0.3, seed=torch.tensor([7]))
     again, _ = run(*tensors, dropout_p=0.3, seed=torch.tensor([7]))
     other, _ = run(*tensors, dropout_p=0.3, seed=torch.tensor([8]))
@@ -256,12 +203,13 @@ def test_dropout_keeps_lse_and_repeats() -> None:
 def test_dropout_drops_the_share_asked_for() -> None:
     # One-hot values of equal scores make the weights visible.
     keys = 256
-    query, key = torch.zeros(1, 4, 64, 16), torch.zeros(1, 4, keys, 16)
-    out, _ = run(query, key, torch.eye(keys).expand(1, 4, keys, keys), dropout_p=0.25, seed=torch.tensor([3]))
+    query, key = (torch.zeros(1, 4, length, 16, dtype=torch.float16) for length in (64, keys))
+    values = torch.eye(keys, dtype=torch.float16).expand(1, 4, keys, keys)
+    out, _ = run(query, key, values, dropout_p=0.25, seed=torch.tensor([3]))
     kept = out != 0
     # Standard deviation of the share over 65536 draws: 0.0017.
     assert abs(kept.float().mean().item() - 0.75) < 0.007
-    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (keys * 0.75)))
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (keys * 0.75)), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0)])

@@ -28,7 +28,6 @@ def check(
     return check_varlen(query, key, value, query_lengths, key_lengths, **flags)
 
 
-@DTYPES
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
     ("query_lengths", "key_lengths"),
@@ -44,9 +43,9 @@ def check(
     ],
 )
 def test_sequences_do_not_see_each_other(
-    query_lengths: list[int], key_lengths: list[int], causal: bool, dtype: torch.dtype
+    query_lengths: list[int], key_lengths: list[int], causal: bool
 ) -> None:
-    check(query_lengths, key_lengths, causal=causal, dtype=dtype)
+    check(query_lengths, key_lengths, causal=causal, dtype=torch.float16)
 
 
 @DTYPES
@@ -76,8 +75,8 @@ def test_a_query_start_per_sequence() -> None:
     check([9, 0, 33], [40, 5, 33], causal=True, default_start=False, query_starts=starts)
 
 
-@DTYPES
-def test_dropout_counts_packed_rows(dtype: torch.dtype) -> None:
+def test_dropout_counts_packed_rows() -> None:
+    dtype = torch.float16
     check(
         [9, 130, 33], [9, 130, 33], causal=True, dropout_p=0.2, seed=torch.tensor([2**40 + 17]), dtype=dtype
     )
