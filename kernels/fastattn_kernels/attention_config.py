@@ -84,7 +84,7 @@ DESCRIBED: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = {
     },
     "sm_100": {
         64: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 64, 8, 3)),
-        128: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 32, 8, 3)),
+        128: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 64, 8, 2)),
         256: (AttentionConfig(128, 32, 8, 2), AttentionConfig(128, 32, 8, 2)),
     },
 }

@@ -38,7 +38,7 @@ DECODERS = {
     ),
     "Gemma3Text": lambda: transformers.Gemma3TextConfig(**SMALL, sliding_window=5, query_pre_attn_scalar=8),
     "GptOss": lambda: transformers.GptOssConfig(
-        **SMALL, sliding_window=5, num_local_experts=2, num_experts_per_tok=1
+        **SMALL, sliding_window=5, num_local_experts=3, num_experts_per_tok=2
     ),
 }
 
@@ -114,8 +114,8 @@ def test_gradients(name):
         if expected.grad is None:
             assert found.grad is None
             continue
-        error = (found.grad - expected.grad).abs().max() / expected.grad.abs().max()
-        assert error < 1e-3, f"{parameter_name}: {error:.2e}"
+        error, scale = (found.grad - expected.grad).abs().max(), expected.grad.abs().max()
+        assert error <= 1e-3 * scale, f"{parameter_name}: {error:.2e} of {scale:.2e}"
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -21,7 +21,7 @@ drawn = settings(
     phases=[Phase.generate],
 )  # fmt: skip
 # One interpreted program takes some 10 ms, one block in it 3 ms.
-MOST_BLOCKS = 20
+MOST_BLOCKS = 14
 HEAD_DIMS = [16, 8, 24, 32, 33, 1, 40, 64, 80, 128]
 
 
@@ -178,28 +178,28 @@ def varlen_case(draw: st.DrawFn, *, terms: bool, dropout: bool) -> None:
 PLAIN = dict(layouts=False, masks=False, positions=False, terms=False, dropout=False)
 
 
-@settings(drawn, max_examples=90)
+@settings(drawn, max_examples=80)
 @given(data=st.data())
 def test_sizes_and_layouts(data: st.DataObject) -> None:
     dense_case(data.draw, **PLAIN | dict(layouts=True))
     DRAWN["sizes and layouts"] += 1
 
 
-@settings(drawn, max_examples=90)
+@settings(drawn, max_examples=80)
 @given(data=st.data())
 def test_masks_biases_and_lengths(data: st.DataObject) -> None:
     dense_case(data.draw, **PLAIN | dict(masks=True))
     DRAWN["masks"] += 1
 
 
-@settings(drawn, max_examples=120)
+@settings(drawn, max_examples=100)
 @given(data=st.data())
 def test_causality_windows_and_starts(data: st.DataObject) -> None:
     dense_case(data.draw, **PLAIN | dict(positions=True))
     DRAWN["positions"] += 1
 
 
-@settings(drawn, max_examples=90)
+@settings(drawn, max_examples=80)
 @given(data=st.data())
 def test_score_terms(data: st.DataObject) -> None:
     dense_case(data.draw, **PLAIN | dict(positions=True, terms=True))

@@ -105,6 +105,18 @@ def test_the_number_of_splits_changes_nothing_but_rounding() -> None:
         assert torch.equal(again, out), "a repeat must be bit-identical"
 
 
+def test_more_splits_than_the_reduction_takes_at_a_time() -> None:
+    # Scores that differ much, so that later splits raise the maximum of earlier ones.
+    check(replace(PLAIN, lengths=(330,), capacity=330, key_heads=1, group=2, scale=2.0), 21)
+
+
+@pytest.mark.parametrize("relative", ["t5", "t5-causal", "mpnet"])
+def test_far_keys_share_a_bucket_from_the_right_distance_on(relative: str) -> None:
+    # Every offset of a block of 16 keys to the query, and so to where the last bucket begins.
+    lengths = tuple(range(17, 49))
+    check(replace(PLAIN, lengths=lengths, capacity=48, key_heads=1, group=1, relative=relative), 1)
+
+
 def test_lengths_shorter_than_the_cache_are_split_as_finely() -> None:
     # 64 of 4096 keys: each of four splits has one block of 16, instead of the first having all.
     case = replace(PLAIN, lengths=(64,), capacity=4096, key_heads=1, group=1)
