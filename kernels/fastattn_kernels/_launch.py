@@ -22,6 +22,7 @@ class Launch:
         arguments: the kernel's arguments by name, compile-time constants included.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
+        max_registers: registers a thread may have; None leaves it to the compiler. NVIDIA's alone.
     """
 
     kernel: Any
@@ -29,11 +30,13 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Compiler options. FP fusion is named because Triton 3.10 turns its default, and so speed, off."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def run(self, device: torch.device) -> None:
         """Launch on `device`, which need not be the current one; CPU tensors run in Triton's interpreter."""

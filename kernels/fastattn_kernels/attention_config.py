@@ -10,7 +10,14 @@ import torch
 
 from ._tuned import tuned_choice
 
-__all__ = ["MAX_HEAD_DIM", "AttentionConfig", "candidates", "choose_attention_config", "tuning_key"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "AttentionConfig",
+    "candidates",
+    "choose_attention_config",
+    "max_registers",
+    "tuning_key",
+]
 
 MAX_HEAD_DIM = 256
 
@@ -51,7 +58,7 @@ HALF_PRECISION: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = 
     # sm_120, too.
     "sm_80": {
         64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 32, 8, 3)),
-        128: (AttentionConfig(128, 32, 8, 3), AttentionConfig(128, 32, 8, 3)),
+        128: (AttentionConfig(128, 32, 8, 3), AttentionConfig(128, 32, 8, 2)),
         256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 32, 8, 2)),
     },
     # Two warpgroups, so that one's softmax overlaps the other's wgmma. At 128, the addresses of 128 keys
@@ -61,7 +68,7 @@ HALF_PRECISION: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = 
         128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 32, 8, 3)),
         256: (AttentionConfig(128, 64, 8, 2), AttentionConfig(128, 32, 8, 2)),
     },
-    # tcgen05. At 64, plain scores over 64 keys are held to 128 registers by ptxas and spill, as do 4 warps.
+    # tcgen05; 4 warps spill.
     "sm_100": {
         64: (AttentionConfig(128, 32, 8, 3), AttentionConfig(128, 64, 8, 3)),
         128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 32, 8, 3)),
@@ -75,7 +82,8 @@ HALF_PRECISION: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = 
     },
 }
 # The same through tensor descriptors, where addresses take no registers. On sm_80, which has no TMA, and in
-# AMD's compiler they cost more than pointers.
+# AMD's compiler they cost more than pointers. On sm_100, 128 keys spill on Triton 3.9 under an unaligned
+# padding mask.
 DESCRIBED: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = {
     "sm_90": {
         64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 3)),
@@ -83,15 +91,15 @@ DESCRIBED: dict[str, dict[int, tuple[AttentionConfig, AttentionConfig]]] = {
         256: (AttentionConfig(128, 64, 8, 2), AttentionConfig(128, 32, 8, 2)),
     },
     "sm_100": {
-        64: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 64, 8, 3)),
-        128: (AttentionConfig(128, 128, 8, 2), AttentionConfig(128, 64, 8, 2)),
+        64: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 3)),
+        128: (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 2)),
         256: (AttentionConfig(128, 32, 8, 2), AttentionConfig(128, 32, 8, 2)),
     },
 }
 # Masks and biases that come by single elements, an address each, or several of them (crowded 2): few keys a
 # step.
 CROWDED = {
-    "sm_80": AttentionConfig(64, 16, 4, 1),
+    "sm_80": AttentionConfig(32, 16, 4, 1),
     "sm_90": AttentionConfig(128, 16, 8, 2),
     "sm_100": AttentionConfig(128, 16, 8, 2),
     "gfx942": AttentionConfig(64, 16, 4, 1),
@@ -104,6 +112,15 @@ SINGLE_PRECISION = {
     128: AttentionConfig(32, 16, 8, 3),
     256: AttentionConfig(32, 16, 8, 2),
 }
+
+
+def max_registers(architecture: str, num_warps: int) -> int | None:
+    """Registers to grant a thread; None where the compiler's own choice is right.
+
+    From sm_90 up ptxas holds some of these kernels to 80 or 128 a thread, in the hope of a second program on
+    the multiprocessor, and spills a few bytes for it. One program of 8 warps may have all 255.
+    """
+    return 255 if _family(architecture) in DESCRIBED and num_warps <= 8 else None
 
 
 @cache
@@ -123,8 +140,8 @@ def choose_attention_config(
         dtype: of query, key and value.
         architecture: as `architecture_of` names it.
         query_block: the power of two, at least 16, that holds the most queries a sequence has.
-        crowded: what joins the scores in registers and shared memory: 0 nothing much; 1 a relative bias,
-            ALiBi, dropout, a mask or bias per query; 2 several that are loaded, or a mask or bias per query
+        crowded: what joins the scores in registers and shared memory: 0 nothing much; 1 a mask, a relative
+            bias, ALiBi, dropout or a bias per query; 2 several that are loaded, or a mask or bias per query
             whose rows begin anywhere, so that it comes by single elements.
         describable: whether tensor descriptors can describe query, key and value.
         gpu: as `gpu_of` names it.

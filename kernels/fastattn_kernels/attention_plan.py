@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._dropout import dropout_constants
 from ._launch import Launch
-from .attention_config import MAX_HEAD_DIM, choose_attention_config
+from .attention_config import MAX_HEAD_DIM, choose_attention_config, max_registers
 from .attention_kernel import attention_kernel
 from .relative_bias_kernel import MARGIN
 
@@ -175,7 +175,7 @@ def _plan(
     mask_per_query, bias_per_query = strides[4][2] != 0, strides[5][2] != 0
     # What is loaded beside the scores, and how: see `choose_attention_config`.
     loaded = mask_per_query + bias_per_query + (distance_bias is not None)
-    crowded = int(loaded > 0 or alibi_slopes is not None or dropout)
+    crowded = int(loaded > 0 or arguments["mask"] is not None or alibi_slopes is not None or dropout)
     if loaded > 1 or not (_aligned(arguments["mask"], mask_per_query) and _aligned(bias, bias_per_query)):
         crowded = 2
     config = choose_attention_config(
@@ -241,7 +241,8 @@ def _plan(
         INDEX=tl.int64 if wide else tl.int32,
     )
     programs = triton.cdiv(arguments["max_queries"], config.block_m) * arguments["query_heads"] * batch
-    return Launch(attention_kernel, programs, arguments, config.num_warps, config.num_stages)
+    registers = max_registers(architecture, config.num_warps)
+    return Launch(attention_kernel, programs, arguments, config.num_warps, config.num_stages, registers)
 
 
 def _block_of(size: int) -> int:

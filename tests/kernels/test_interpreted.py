@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 def test_every_kernel_has_a_file() -> None:
     assert {file.stem for file in FILES} >= {
-        "test_attention_kernel", "test_attention_drawn", "test_varlen_kernel", "test_norm_kernel",
-        "test_activation_kernel",
+        "test_attention_kernel", "test_attention_drawn", "test_varlen_kernel", "test_decode_kernel",
+        "test_norm_kernel", "test_softmax_kernel", "test_activation_kernel", "test_rotary_kernel",
     }  # fmt: skip
 
 
