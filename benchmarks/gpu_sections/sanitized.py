@@ -53,11 +53,10 @@ def decode_quantized(dtype: Any, block_size: int, draw: Any) -> None:
 def calls(draw: Any) -> list[tuple[str, Callable[[Any], Any]]]:
     """Each call and its name."""
     import torch
-    from gpu_checks import has_e4m3
 
     from gpu_sections.smoke import LAUNCHES
 
-    stored = [torch.int8, *([torch.float8_e4m3fn] if has_e4m3(draw.device) else [])]
+    stored = (torch.int8, torch.float8_e4m3fn)
     return [
         *((f"attention {flags}", partial(attention, flags)) for flags in ATTENTION),
         *((f"varlen {flags}", partial(varlen, flags)) for flags in VARLEN),

@@ -20,12 +20,6 @@ def length(full: int) -> int:
     return full if not INTERPRETED or full <= 40 else full // 20 + (full // 20 + full) % 2
 
 
-def has_e4m3(device: torch.device) -> bool:
-    """Whether Triton converts float8_e4m3fn on `device`: on NVIDIA it takes Ada or Hopper to."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return not nvidia or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Every tensor allocated inside starts as NaN, or as the largest integer."""

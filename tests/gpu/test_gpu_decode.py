@@ -7,7 +7,7 @@ from typing import Any
 import gpu_exact
 import pytest
 import torch
-from gpu_checks import Draw, assert_exact, has_e4m3, length, run_twice
+from gpu_checks import Draw, assert_exact, length, run_twice
 from torch import Tensor
 
 from fastattn import ops
@@ -153,8 +153,6 @@ def test_quantized_caches(
     cache_dtype: torch.dtype, flags: str, block_size: int, dtype: torch.dtype,
     generator: torch.Generator, device: torch.device,
 ) -> None:  # fmt: skip
-    if cache_dtype == torch.float8_e4m3fn and not has_e4m3(device):
-        pytest.skip("e4m3 needs compute capability 8.9")
     draw = Draw(generator, device, dtype)
     *call, scales = drawn_quantized(flags, cache_dtype, draw)
     check(*call, block_size=block_size, draw=draw, scales=scales)
