@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Launch", "architecture_of"]
+__all__ = ["Launch", "architecture_of", "family_of", "power_of_two"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,19 @@ def architecture_of(device: torch.device) -> str:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def family_of(architecture: str) -> str:
+    """Whose launch choices `architecture` takes: consumer Blackwell and Ada have neither wgmma nor tcgen05,
+    nor the shared memory of the GPUs that do.
+    """
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    if architecture.startswith("sm_9"):
+        return "sm_90"
+    return "sm_100" if architecture.startswith("sm_10") else "sm_80"
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two, `least` or more, that holds `size`; a dot's operands need at least 16."""
+    return max(least, 1 << max(size - 1, 0).bit_length())

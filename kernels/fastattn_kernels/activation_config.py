@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ._launch import power_of_two
 from ._tuned import tuned_choice
 
 __all__ = ["PointwiseConfig", "candidates", "choose_pointwise_config"]
@@ -54,7 +55,7 @@ def choose_pointwise_config(
         architecture: as `architecture_of` names it.
         gpu: as `gpu_of` names it, whose measured choices go first.
     """
-    padded = 1 << max(width - 1, 0).bit_length()
+    padded = power_of_two(width)
     tuned = tuned_choice("pointwise", gpu, block_n=padded)
     if tuned is not None:
         return PointwiseConfig(tuned["block_rows"], tuned["block_n"], tuned["num_warps"])
@@ -66,7 +67,7 @@ def choose_pointwise_config(
 
 def candidates(width: int) -> Iterator[PointwiseConfig]:
     """The configurations to measure for a width: 4 to 32 values a thread."""
-    padded = 1 << max(width - 1, 0).bit_length()
+    padded = power_of_two(width)
     for elements in (512, 1024, 2048, 4096):
         block_n = min(padded, elements)
         for num_warps in (2, 4, 8):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._launch import family_of
 from ._tuned import tuned_choice
 
 __all__ = [
@@ -120,7 +121,7 @@ def max_registers(architecture: str, num_warps: int) -> int | None:
     From sm_90 up ptxas holds some of these kernels to 80 or 128 a thread, in the hope of a second program on
     the multiprocessor, and spills a few bytes for it. One program of 8 warps may have all 255.
     """
-    return 255 if _family(architecture) in DESCRIBED and num_warps <= 8 else None
+    return 255 if family_of(architecture) in DESCRIBED and num_warps <= 8 else None
 
 
 @cache
@@ -151,7 +152,7 @@ def choose_attention_config(
     if measured is not None:
         return AttentionConfig(**measured)
     size = max(64, block_d)
-    family = _family(architecture)
+    family = family_of(architecture)
     if dtype == torch.float32:
         config = SINGLE_PRECISION[size]
     elif crowded == 2:
@@ -203,12 +204,3 @@ def candidates(
         for num_stages in (1, 2, 3)
         for descriptors in ((False, True) if describable and dtype != torch.float32 else (False,))
     ]
-
-
-def _family(architecture: str) -> str:
-    """Whose choices `architecture` takes: consumer Blackwell and Ada have neither wgmma nor tcgen05."""
-    if architecture.startswith("gfx"):
-        return "gfx942"
-    if architecture.startswith("sm_9"):
-        return "sm_90"
-    return "sm_100" if architecture.startswith("sm_10") else "sm_80"

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._dropout import dropout_constants
-from ._launch import Launch
+from ._launch import Launch, power_of_two
 from .attention_config import MAX_HEAD_DIM, choose_attention_config, max_registers
 from .attention_kernel import attention_kernel
 from .relative_bias_kernel import MARGIN
@@ -169,7 +169,7 @@ def _plan(
     by_position = by_distance or has_left or has_right
     if not by_position or arguments["DEFAULT_START"]:
         query_starts = None
-    block_d, block_dv = _block_of(head_dim), _block_of(value_dim)
+    block_d, block_dv = power_of_two(head_dim, least=16), power_of_two(value_dim, least=16)
     dropout = seed is not None and dropout_p > 0.0
     strides = (*strides, _broadcast(arguments["mask"]), _broadcast(bias))
     mask_per_query, bias_per_query = strides[4][2] != 0, strides[5][2] != 0
@@ -182,7 +182,7 @@ def _plan(
         max(block_d, block_dv),
         query.dtype,
         architecture,
-        _block_of(arguments["max_queries"]),
+        power_of_two(arguments["max_queries"], least=16),
         crowded=crowded,
         # Packed sequences end in the middle of a tensor, where a descriptor gives the next one's rows.
         describable=not arguments["VARLEN"] and all(map(_describable, (query, key, value))),
@@ -243,11 +243,6 @@ def _plan(
     programs = triton.cdiv(arguments["max_queries"], config.block_m) * arguments["query_heads"] * batch
     registers = max_registers(architecture, config.num_warps)
     return Launch(attention_kernel, programs, arguments, config.num_warps, config.num_stages, registers)
-
-
-def _block_of(size: int) -> int:
-    """The power of two, at least a dot's 16, that holds `size`."""
-    return max(16, 1 << max(size - 1, 0).bit_length())
 
 
 def _describable(x: torch.Tensor) -> bool:

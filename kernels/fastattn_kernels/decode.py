@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from ._launch import Launch, architecture_of
+from ._launch import Launch, architecture_of, power_of_two
 from ._tuned import gpu_of
 from .decode_config import DecodeConfig, choose_decode_config, choose_num_splits
 from .decode_kernel import decode_kernel
@@ -133,7 +133,7 @@ def plan_decode_attention(
         key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
     key_heads = key_cache.shape[1]
     group_size = heads // key_heads
-    block_d, block_dv = _block_of(head_dim), _block_of(value_dim)
+    block_d, block_dv = power_of_two(head_dim, least=16), power_of_two(value_dim, least=16)
     if config is None:
         config = choose_decode_config(
             max(block_d, block_dv),
@@ -246,8 +246,3 @@ def _relative_bias_constants(rel_table: torch.Tensor | None, kind: str, max_dist
 
 def _strides(letter: str, axes: str, x: torch.Tensor) -> dict[str, int]:
     return {f"stride_{letter}{axis}": stride for axis, stride in zip(axes, x.stride(), strict=False)}
-
-
-def _block_of(size: int) -> int:
-    """The power of two, at least a dot's 16, that holds `size`."""
-    return max(16, 1 << max(size - 1, 0).bit_length())

@@ -8,6 +8,7 @@ from itertools import product
 
 import torch
 
+from ._launch import family_of, power_of_two
 from ._tuned import tuned_choice
 
 __all__ = ["DecodeConfig", "candidates", "choose_decode_config", "choose_num_splits"]
@@ -109,7 +110,7 @@ def choose_decode_config(
     """
     size = max(64, block_d)
     single = dtype == torch.float32
-    block_m = min(max(16, 1 << max(rows - 1, 0).bit_length()), 32 if single else MAX_BLOCK_M)
+    block_m = min(power_of_two(rows, least=16), 32 if single else MAX_BLOCK_M)
     measured = tuned_choice(
         "decode_attention",
         gpu,
@@ -121,7 +122,7 @@ def choose_decode_config(
     )
     if measured is not None:
         return DecodeConfig(**(measured | {"block_m": block_m}))
-    config = SINGLE_PRECISION[size] if single else HALF_PRECISION[_family(architecture)][size]
+    config = SINGLE_PRECISION[size] if single else HALF_PRECISION[family_of(architecture)][size]
     quantized = cache_dtype.itemsize < dtype.itemsize
     num_warps, num_stages = config.num_warps, config.num_stages
     # At 128, 4 warps spill with more rows, and on Triton 3.9 with page numbers or conversions in registers.
@@ -146,7 +147,7 @@ def choose_num_splits(programs: int, max_keys: int, config: DecodeConfig, archit
         config: the launch choices.
         architecture: as `architecture_of` names it.
     """
-    wanted = config.occupancy * MULTIPROCESSORS[_family(architecture)]
+    wanted = config.occupancy * MULTIPROCESSORS[family_of(architecture)]
     # Two blocks of keys a split at least: below that the reduction costs more than it saves.
     most = min(MAX_SPLITS, max_keys // (2 * config.block_n))
     # Rounded down: a few programs more than fit at once would run alone in a second round.
@@ -168,12 +169,3 @@ def candidates(
         if block_n * max(64, block_d) <= 128 * 128
     )
     return [chosen, *(config for config in others if config != chosen)]
-
-
-def _family(architecture: str) -> str:
-    """Whose choices `architecture` takes: consumer Blackwell and Ada have the shared memory of neither."""
-    if architecture.startswith("gfx"):
-        return "gfx942"
-    if architecture.startswith("sm_9"):
-        return "sm_90"
-    return "sm_100" if architecture.startswith("sm_10") else "sm_80"

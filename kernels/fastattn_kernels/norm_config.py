@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ._launch import family_of, power_of_two
 from ._tuned import tuned_choice
 
 __all__ = ["NormConfig", "candidates", "choose_norm_config"]
@@ -91,13 +92,13 @@ def choose_norm_config(
         gpu: as `gpu_of` names it, whose measured choices go first.
         op: whose measured choices: "norm" or "softmax".
     """
-    block_n = 1 << max(width - 1, 0).bit_length()
+    block_n = power_of_two(width)
     tuned = tuned_choice(op, gpu, block_n=block_n, element_bytes=element_bytes)
     if tuned is not None:
         loop = bool(tuned["loop"])
         block_rows = 1 if loop else _block_rows(rows, tuned["block_rows"])
         return NormConfig(block_rows, tuned["block_n"] if loop else block_n, loop, tuned["num_warps"])
-    limits = LIMITS[_family(architecture)]
+    limits = LIMITS[family_of(architecture)]
     if block_n * element_bytes > limits.row_bytes:
         return NormConfig(1, limits.loop_block_n, loop=True, num_warps=limits.max_warps)
     # Several small rows a program: one row of 128 would leave a warp with a single load in flight.
@@ -108,12 +109,12 @@ def choose_norm_config(
 
 def _block_rows(rows: int, wanted: int) -> int:
     """`wanted`, but never more than there are."""
-    return min(wanted, 1 << max(rows - 1, 0).bit_length(), MAX_BLOCK_ROWS)
+    return min(wanted, power_of_two(rows), MAX_BLOCK_ROWS)
 
 
 def candidates(width: int, element_bytes: int) -> Iterator[NormConfig]:
     """The configurations to measure for a width: what the registers of a program hold, and loops."""
-    block_n = 1 << max(width - 1, 0).bit_length()
+    block_n = power_of_two(width)
     if block_n * element_bytes <= 65536:
         for block_rows in (1, 2, 4, 8, 16, 32):
             elements = block_rows * block_n
@@ -130,12 +131,3 @@ def candidates(width: int, element_bytes: int) -> Iterator[NormConfig]:
         if loop_block_n < block_n:
             for num_warps in (4, 8, 16):
                 yield NormConfig(1, loop_block_n, loop=True, num_warps=num_warps)
-
-
-def _family(architecture: str) -> str:
-    """Whose choices `architecture` takes."""
-    if architecture.startswith("gfx"):
-        return "gfx942"
-    if architecture.startswith("sm_9"):
-        return "sm_90"
-    return "sm_100" if architecture.startswith("sm_10") else "sm_80"

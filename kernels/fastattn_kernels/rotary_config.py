@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ._launch import power_of_two
 from ._tuned import tuned_choice
 
 __all__ = ["RotaryConfig", "candidates", "choose_rotary_config"]
@@ -53,7 +54,7 @@ def choose_rotary_config(
         architecture: as `architecture_of` names it.
         gpu: as `gpu_of` names it, whose measured choices go first.
     """
-    padded = 1 << max(heads - 1, 0).bit_length()
+    padded = power_of_two(heads)
     tuned = tuned_choice("rotary", gpu, heads=padded, block_d=block_d)
     if tuned is not None:
         return RotaryConfig(tuned["block_heads"], tuned["num_warps"])
@@ -66,7 +67,7 @@ def choose_rotary_config(
 
 def candidates(heads: int, block_d: int) -> Iterator[RotaryConfig]:
     """The configurations to measure: 4 to 32 values a thread."""
-    padded = 1 << max(heads - 1, 0).bit_length()
+    padded = power_of_two(heads)
     for block_heads in (1, 2, 4, 8, 16, 32, 64):
         if block_heads <= padded and (block_heads * block_d <= 8192 or block_heads == 1):
             for num_warps in (1, 2, 4, 8):
