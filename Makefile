@@ -14,7 +14,7 @@ ARGS ?=
 
 USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: demo test bench lint aot-full aot-table clean
+.PHONY: demo test bench lint aot-full aot-table digests models clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastattn demo $(ARGS)
@@ -46,6 +46,28 @@ aot-full aot-table: $(INSTALLED) $(AOT_FOLDERS)
 $(AOT_FOLDERS): .venv-triton/%: | $(INSTALLED)
 	$(PIP) install --quiet --no-deps --target $@ triton==$*
 
+# Every supported transformers in a folder of its own, first on PYTHONPATH. `digests` records the methods our layers
+# replace as each version has them, after a change in them was read (fastattn/models/drift.py); `models` runs the test
+# of all families with the oldest and the newest and renews docs/models.md.
+TRANSFORMERS := 5.17.0 5.18.0 5.19.0 5.20.0 5.20.1 5.20.2 5.21.0 5.21.1 5.22.0 5.22.1 5.22.2 5.23.0
+TRANSFORMERS_FOLDERS := $(TRANSFORMERS:%=.venv-transformers/%)
+MODELS_TESTED := $(firstword $(TRANSFORMERS)) $(lastword $(TRANSFORMERS))
+
+digests: $(INSTALLED) $(TRANSFORMERS_FOLDERS)
+	for folder in $(TRANSFORMERS_FOLDERS); do \
+	    PYTHONPATH=$$folder:kernels $(BIN)/python -m fastattn.models.drift --record || exit 1; \
+	done
+
+models: $(INSTALLED) $(MODELS_TESTED:%=.venv-transformers/%)
+	for version in $(MODELS_TESTED); do \
+	    PYTHONPATH=.venv-transformers/$$version:kernels $(BIN)/python -m pytest tests/models/test_families.py -q \
+	        --junitxml=.venv-transformers/$$version.xml $(ARGS); \
+	done
+	$(BIN)/python benchmarks/models_page.py --record $(MODELS_TESTED:%=.venv-transformers/%.xml)
+
+$(TRANSFORMERS_FOLDERS): .venv-transformers/%: | $(INSTALLED)
+	$(PIP) install --quiet --no-deps --target $@ transformers==$*
+
 # torch goes first and alone: resolved together with everything else, pip may settle on the newest torch, whose GPU
 # build asks for another triton than the one pinned.
 $(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS)
@@ -67,5 +89,5 @@ $(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS)
 
 # Removes what the targets above made, the environment and the demo's report included.
 clean:
-	rm -rf $(VENV) .venv-triton build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-triton .venv-transformers build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

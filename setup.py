@@ -41,7 +41,7 @@ setup(
     packages=[*find_packages(include=["fastattn", "fastattn.*"]), "fastattn_kernels"],
     package_dir={"fastattn_kernels": "kernels/fastattn_kernels"},
     package_data={
-        "fastattn": ["py.typed", "**/*.txt", "**/*.html"],
+        "fastattn": ["py.typed", "**/*.txt", "**/*.html", "models/digests.json"],
         "fastattn_kernels": ["py.typed", "*.csv", "tuned/*.json"],
     },
     install_requires=["torch>=2.11", "numpy", "tqdm"],

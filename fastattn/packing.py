@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from fastattn.ops.validation import is_traced
 
-__all__ = ["PADDINGS", "Packing", "PackingError", "can_pack", "data_dependent_shapes"]
+__all__ = ["PADDINGS", "Packing", "PackingError", "can_pack", "data_dependent_shapes", "is_right_padded"]
 
 PADDINGS = ("auto", "packed", "padded")
 
@@ -93,6 +93,10 @@ class Packing:
         """[B, S, N] -> [1, Tq, N]: the computed tokens, sequence after sequence."""
         return padded.flatten(0, 1).index_select(0, self.rows).unsqueeze(0)
 
+    def pack_rows(self, x: Tensor) -> Tensor:
+        """[B or 1, S, N] -> [1, Tq, N]: what belongs to the computed tokens, of one table or one a sequence."""
+        return x[:, self.rows % self.length] if x.shape[0] == 1 else self.pack(x)
+
     def unpack(self, packed: Tensor) -> Tensor:
         """[1, Tq, N] -> [B, S, N], zeros where nothing was computed."""
         padded = packed.new_zeros(self.batch_size * self.length, packed.shape[-1])
@@ -101,6 +105,11 @@ class Packing:
     def keys(self, x: Tensor) -> Tensor:
         """[Tq, ...] -> [Tk, ...]: the rows that are real tokens."""
         return x if self.key_rows is None else x.index_select(0, self.key_rows)
+
+
+def is_right_padded(mask: Tensor) -> bool:
+    """Whether every row of a padding mask, bool [B, S], is real tokens first and padding after."""
+    return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
 
 
 def _bounds(mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import nn
 
 from fastattn.layers import FusedLayer
 from fastattn.models.family import Family, Site, families_in, known_families
+from fastattn.models.links import link_layers, unlink
 from fastattn.packing import PADDINGS
 from fastattn.report import format_table
 
@@ -178,8 +180,18 @@ def _check_module(model: Any) -> None:
         raise TypeError(
             "model is scripted: its layers can no longer be swapped; optimize it before torch.jit"
         )
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("model is compiled: call fastattn on the model before torch.compile, then compile it")
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "model is wrapped in DataParallel: optimize the model inside (model.module), then wrap it"
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            which = f"its module {name!r}" if name else "model"
+            raise TypeError(
+                f"{which} is compiled: call fastattn on the model before torch.compile, then compile it"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"its module {name!r} is scripted: call fastattn on the model before torch.jit")
 
 
 def _plan(model: nn.Module, exclude: tuple[str, ...]) -> _Plan:
@@ -193,17 +205,27 @@ def _plan(model: nn.Module, exclude: tuple[str, ...]) -> _Plan:
     for name, module in names.items():
         for family in families:
             _plan_module(planned, family, name, module, exclude)
+    _plan_attention(planned, names, exclude)
+    position = {name: index for index, name in enumerate(names)}
+    planned.report.sites.sort(key=lambda site: position[site.name])
     if not planned.report.sites:
-        planned.report.sites.append(
-            SiteReport(
-                "",
-                "model",
-                "skipped",
-                f"{type(model).__name__} has no layer of a known family ({', '.join(known_families())})",
-            )
+        known = ", ".join(known_families())
+        reason = (
+            f"{type(model).__name__} has no layer of a known family ({known}) and no attention layer that "
         )
-    _plan_configs(planned, families, names)
+        reason += "asks transformers' attention interface"
+        planned.report.sites.append(SiteReport("", "model", "skipped", reason))
+    elif not families and planned.configs:
+        planned.report.notes.append(
+            f"{type(model).__name__} is of no known family: only its attention runs through fastattn"
+        )
+    for family in families:
+        planned.report.notes.extend(f"{family.name}: {limit}" for limit in family.limits)
     return planned
+
+
+def _excluded(name: str, exclude: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
 
 
 def _plan_module(
@@ -214,7 +236,7 @@ def _plan_module(
         if not isinstance(module, original):
             continue
         reason = ""
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        if _excluded(name, exclude):
             reason = "excluded by the caller"
         elif type(module) is site.replacement:
             pass
@@ -232,39 +254,64 @@ def _plan_module(
             planned.swaps.append((module, site))
 
 
-def _plan_configs(planned: _Plan, families: tuple[Family, ...], names: dict[str, nn.Module]) -> None:
-    """Choose the configs to switch to our attention: those whose attention layers will all understand our
-    mask.
+def _plan_attention(planned: _Plan, names: dict[str, nn.Module], exclude: tuple[str, ...]) -> None:
+    """Choose the configs to switch to our attention, those whose attention layers will all understand our
+    mask, and report the layers that need nothing else.
     """
-    swapped = {id(module) for module, _ in planned.swaps}
-    untouched: dict[int, str] = {}
+    if "transformers" not in sys.modules:
+        return
+    from fastattn.models.dispatch import cannot_dispatch, dispatches
+
+    reported = {site.name: site for site in planned.report.sites if site.kind == "attention"}
     owners: dict[int, Any] = {}
+    layers: dict[int, list[str]] = {}
+    obstacles: dict[int, str] = {}
     for name, module in names.items():
-        for family in families:
-            if not isinstance(module, family.attention):
-                continue
-            config = module.config
-            owners[id(config)] = config
-            swappable = any(isinstance(module, site.replacement.fastattn_original) for site in family.sites)
-            if swappable and id(module) not in swapped:
-                untouched.setdefault(id(config), name)
+        original = _class_before(module)
+        if not dispatches(original):
+            continue
+        config = getattr(module, "config", None)
+        if not hasattr(config, "_attn_implementation"):
+            if name not in reported:
+                reason = "it has no configuration that names its attention implementation"
+                planned.report.sites.append(SiteReport(name, "attention", "skipped", reason))
+            continue
+        key = id(config)
+        owners[key] = config
+        if name in reported:
+            reason = reported[name].reason
+        else:
+            layers.setdefault(key, []).append(name)
+            reason = "excluded by the caller" if _excluded(name, exclude) else cannot_dispatch(original) or ""
+        if reason:
+            obstacles.setdefault(key, f"{name}: {reason}")
     for key, config in owners.items():
-        if key in untouched:
+        reason = obstacles.get(key, "")
+        if not reason:
+            planned.configs.append(config)
+        elif any(site.kind == "attention" and site.status == "swapped" for site in planned.report.sites):
             planned.report.notes.append(
-                f"attention layer {untouched[key]} is left alone and needs the original's mask, "
+                f"attention layer {reason.partition(':')[0]} is left alone and needs the original's mask, "
                 "so the encoder around it runs padded"
             )
-        else:
-            planned.configs.append(config)
+        for name in layers.get(key, ()):
+            own = reason.removeprefix(f"{name}: ")
+            shared = f"it shares its configuration, and so its mask, with {reason}"
+            status = "skipped" if reason else "swapped"
+            said = "" if not reason else own if own != reason else shared
+            planned.report.sites.append(SiteReport(name, "attention", status, said))
+
+
+def _class_before(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before it was swapped."""
+    return module.fastattn_original if isinstance(module, FusedLayer) else type(module)
 
 
 def _apply(model: nn.Module, planned: _Plan, padding: str, changed: list[nn.Module]) -> None:
     """Carry the plan out; `changed` collects the modules that were not as they are now."""
-    if not planned.swaps:
-        return
-    from fastattn.models.interface import NAME
-
     for config in planned.configs:
+        from fastattn.models.interface import NAME
+
         if config._attn_implementation == NAME:
             continue
         replacement = copy.deepcopy(config)
@@ -278,13 +325,16 @@ def _apply(model: nn.Module, planned: _Plan, padding: str, changed: list[nn.Modu
         if type(module) is not site.replacement:
             changed.append(module)
             module.__class__ = site.replacement
-        if site.kind == "encoder":
+        if hasattr(site.replacement, _PADDING):
             module.__dict__[_PADDING] = padding
+    if planned.swaps:
+        link_layers(model)
 
 
 def _restore_module(module: nn.Module) -> None:
     if isinstance(module, FusedLayer):
         module.__dict__.pop(_PADDING, None)
+        unlink(module)
         module.__class__ = module.fastattn_original  # type: ignore[assignment]
     original = module.__dict__.pop(_ORIGINAL_CONFIG, None)
     if original is not None:

@@ -320,11 +320,58 @@ def test_nothing_to_swap_is_reported(model):
     linear = nn.Linear(3, 3)
     report = fastattn.optimize(linear)
     (site,) = report.to_dict()["sites"]
-    assert site["status"] == "skipped" and "no layer of a known family (bert)" in site["reason"]
+    assert site["status"] == "skipped" and "no layer of a known family (albert," in site["reason"]
     assert type(linear) is nn.Linear and report.swapped == 0
-    gpt2 = transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
-    assert fastattn.optimize(gpt2).swapped == 0
-    assert gpt2.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_an_unknown_family_gets_its_attention_where_it_asks_the_interface():
+    config = transformers.GraniteConfig(
+        vocab_size=90,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_multiplier=0.3,
+    )
+    model = transformers.GraniteForCausalLM(config).eval()
+    batch = adversarial_batches(model)["left padding"]
+    before, expected = fingerprint(model), model(**batch).logits
+    report = fastattn.optimize(model)
+    assert [(site.kind, site.status) for site in report.sites] == [("attention", "swapped")] * 2
+    assert "no known family" in report.notes[0] and "note: Granite" in report.table()
+    assert model.config._attn_implementation == "fastattn"
+    real = batch["attention_mask"].bool()
+    found = model(**batch).logits
+    assert (found - expected)[real].abs().max() <= 1e-4 * expected[real].abs().max()
+    fastattn.restore(model)
+    assert fingerprint(model) == before
+
+
+def test_an_unknown_family_that_computes_its_own_attention_is_left_alone():
+    config = transformers.XLNetConfig(vocab_size=50, d_model=32, n_layer=1, n_head=2, d_inner=64)
+    model = transformers.XLNetModel(config)
+    before = fingerprint(model)
+    report = fastattn.optimize(model)
+    assert report.swapped == 0 and "no attention layer that asks" in report.sites[0].reason
+    assert fingerprint(model) == before
+
+
+def test_quantized_linear_layers_are_called():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=90, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=128
+    )
+    model = transformers.BertModel(config).eval()
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8, inplace=True)
+    batch = adversarial_batches(model)["no padding"]
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+        assert fastattn.optimize(model).swapped
+        found = model(**batch).last_hidden_state
+    # Their activations are quantized at run time: a rounding may fall the other way.
+    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -336,6 +383,17 @@ def test_nothing_to_swap_is_reported(model):
         (lambda m: fastattn.optimize(m, cuda_graphs=True), ValueError, "cuda_graphs"),
         (lambda m: fastattn.optimize(torch.compile(nn.Linear(2, 2))), TypeError, "before torch.compile"),
         (lambda m: fastattn.optimize(torch.jit.script(nn.Linear(2, 2))), TypeError, "scripted"),
+        (lambda m: fastattn.optimize(nn.DataParallel(m)), TypeError, "DataParallel"),
+        (
+            lambda m: fastattn.optimize(nn.Sequential(torch.compile(nn.Linear(2, 2)))),
+            TypeError,
+            "'0' is compiled",
+        ),
+        (
+            lambda m: fastattn.optimize(nn.Sequential(torch.jit.script(nn.Linear(2, 2)))),
+            TypeError,
+            "'0' is scripted",
+        ),
         (lambda m: fastattn.restore(3), TypeError, "model is a int"),
         (lambda m: fastattn.verify(m), ValueError, "no swapped layer"),
         (lambda m: fastattn.optimize(m, unknown=1), TypeError, "unknown"),

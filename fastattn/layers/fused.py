@@ -6,7 +6,8 @@ of them is not plain (LoRA, hooks, quantized): right first.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,19 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 from fastattn import ops
 from fastattn.layers.onednn import onednn_linear
-from fastattn.layers.plain import is_plain
+from fastattn.layers.plain import is_observed, is_plain
 from fastattn.ops.registration import runs_in_pytorch
 
-__all__ = ["FusedActivation", "FusedLayer", "FusedResidualNorm", "project"]
+__all__ = [
+    "FusedActivation",
+    "FusedLayer",
+    "FusedResidualNorm",
+    "activated_linear",
+    "approximation_of",
+    "cannot_fuse_activation",
+    "dense_add_norm",
+    "project",
+]
 
 
 def project(x: Tensor, projections: list[nn.Module]) -> list[Tensor]:
@@ -50,6 +60,10 @@ class FusedLayer(nn.Module):
 
     fastattn_original: ClassVar[type[nn.Module]]
 
+    if TYPE_CHECKING:
+        # Submodules and parameters are the original's.
+        def __getattr__(self, name: str) -> Any: ...
+
     @classmethod
     def cannot_replace(cls, module: nn.Module) -> str | None:
         """Why this instance cannot be swapped; None where it can."""
@@ -65,37 +79,102 @@ class FusedResidualNorm(FusedLayer):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         modules = self._modules
-        dropout, norm = modules[self.dropout_name], modules[self.norm_name]
-        if not (is_plain(dropout, nn.Dropout) and is_plain(norm, nn.LayerNorm)):
-            result: Tensor = super().forward(hidden_states, input_tensor)
-            return result
-        assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.LayerNorm)
-        dense = modules[self.dense_name]
-        dropout_p = dropout.p if dropout.training else 0.0
-        in_place = dropout_p == 0.0 and is_plain(dense, nn.Linear) and runs_in_pytorch(hidden_states)
-        if in_place:
-            assert isinstance(dense, nn.Linear)
-            total = onednn_linear(hidden_states, dense, residual=input_tensor)
-            if total is not None:
-                return layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        x = dense(hidden_states)  # type: ignore[misc]
-        if in_place and x.dtype == input_tensor.dtype and not (x.requires_grad or input_tensor.requires_grad):
-            # In place on the product nobody else has seen: a new tensor of this size is paid for in page
-            # faults.
-            return layer_norm(x.add_(input_tensor), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        return ops.add_layer_norm(x, input_tensor, norm.weight, norm.bias, norm.eps, dropout_p)[0]
+        dense, dropout, norm = (
+            modules[name] for name in (self.dense_name, self.dropout_name, self.norm_name)
+        )
+        return dense_add_norm(hidden_states, dense, dropout, norm, input_tensor)  # type: ignore[arg-type]
 
 
-# Activation class -> the approximation of `ops.bias_gelu` that computes it.
+def dense_add_norm(
+    x: Tensor, dense: nn.Module, dropout: nn.Module, norm: nn.Module, residual: Tensor
+) -> Tensor:
+    """`norm(residual + dropout(dense(x)))`, one operation after the matrix product where all are plain."""
+    if not (is_plain(dropout, nn.Dropout) and is_plain(norm, nn.LayerNorm)):
+        result: Tensor = norm(residual + dropout(dense(x)))
+        return result
+    assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.LayerNorm)
+    dropout_p = dropout.p if dropout.training else 0.0
+    in_place = dropout_p == 0.0 and is_plain(dense, nn.Linear) and runs_in_pytorch(x)
+    if in_place:
+        assert isinstance(dense, nn.Linear)
+        total = onednn_linear(x, dense, residual=residual)
+        if total is not None:
+            return layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    x = dense(x)
+    if in_place and x.dtype == residual.dtype and not (x.requires_grad or residual.requires_grad):
+        # In place on the product nobody else has seen: a new tensor of this size is paid for in page faults.
+        return layer_norm(x.add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p)[0]
+
+
+# Activation class -> the approximation of `ops.bias_gelu` that computes it, the same formula to float32's
+# precision.
 _APPROXIMATIONS = {
     "transformers.activations.GELUActivation": "none",
     "transformers.activations.NewGELUActivation": "tanh",
     "transformers.activations.GELUTanh": "tanh",
+    "transformers.activations.FastGELUActivation": "tanh",
+    "transformers.activations.AccurateGELUActivation": "tanh",
+    "transformers.models.bloom.modeling_bloom.BloomGelu": "tanh",
 }
 
 
-def _approximation_of(kind: type) -> str | None:
+def approximation_of(activation: Any) -> str | None:
+    """The GELU that `activation`, a module or function, computes: "none", "tanh", or None where it is
+    another.
+    """
+    if activation is gelu:
+        return "none"
+    kind = type(activation)
+    if kind is nn.GELU:
+        approximate: str = activation.approximate
+        return approximate
     return _APPROXIMATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _is_conv1d(dense: Any) -> bool:
+    """Whether `dense` is transformers' `Conv1D`, a linear layer with its weight transposed, as plain as
+    `is_plain` asks.
+    """
+    kind = type(dense)
+    return (
+        kind.__name__ == "Conv1D"
+        and kind.__module__ == "transformers.pytorch_utils"
+        and is_plain(dense, kind)
+    )
+
+
+def activated_linear(x: Tensor, dense: nn.Module, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """`activation(dense(x))`; one operation after the product where the activation is a GELU.
+
+    Args:
+        x: [..., K].
+        dense: a linear layer, read where it is a plain `nn.Linear` or transformers' `Conv1D`, else called.
+        activation: the activation as the model has it, module or function.
+    """
+    approximate = approximation_of(activation)
+    if approximate is None or (isinstance(activation, nn.Module) and is_observed(activation)):
+        return activation(project(x, [dense])[0])
+    if _is_conv1d(dense):
+        if not runs_in_pytorch(x):
+            return ops.bias_gelu(x @ dense.weight, dense.bias, approximate)  # type: ignore[arg-type,operator]
+        return _gelu(dense(x), approximate)
+    if not is_plain(dense, nn.Linear) or dense.bias is None:
+        return activation(project(x, [dense])[0])
+    assert isinstance(dense, nn.Linear)
+    if not runs_in_pytorch(x):
+        return ops.bias_gelu(linear(x, dense.weight), dense.bias, approximate)
+    fused = onednn_linear(x, dense, gelu=approximate)
+    return _gelu(linear(x, dense.weight, dense.bias), approximate) if fused is None else fused
+
+
+def _gelu(expanded: Tensor, approximate: str) -> Tensor:
+    if expanded.requires_grad or expanded.dtype != torch.float32 or not runs_in_pytorch(expanded):
+        return gelu(expanded, approximate=approximate)
+    # In place on the product nobody else has seen, as above: a twentieth of BERT-base at 1,024 rows in
+    # float32; in half precision, nothing.
+    result: Tensor = torch.ops.aten.gelu_.default(expanded, approximate=approximate)
+    return result
 
 
 class FusedActivation(FusedLayer):
@@ -106,34 +185,18 @@ class FusedActivation(FusedLayer):
 
     @classmethod
     def cannot_replace(cls, module: nn.Module) -> str | None:
-        activation = getattr(module, cls.activation_name)
-        if _approximation_of(type(activation)) is None:
-            return (
-                f"its activation is {getattr(activation, '__name__', type(activation).__name__)}, not a GELU"
-            )
-        if getattr(module, cls.dense_name).bias is None:
-            return "its linear layer has no bias"
-        return None
+        return cannot_fuse_activation(getattr(module, cls.activation_name), getattr(module, cls.dense_name))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        dense, activation = self._modules[self.dense_name], getattr(self, self.activation_name)
-        approximate = _approximation_of(type(activation))
-        if (
-            approximate is None
-            or not is_plain(dense, nn.Linear)
-            or not is_plain(activation, type(activation))
-        ):
-            result: Tensor = super().forward(hidden_states)
-            return result
-        assert isinstance(dense, nn.Linear)
-        if not runs_in_pytorch(hidden_states):
-            return ops.bias_gelu(linear(hidden_states, dense.weight), dense.bias, approximate)
-        fused = onednn_linear(hidden_states, dense, gelu=approximate)
-        if fused is not None:
-            return fused
-        expanded = linear(hidden_states, dense.weight, dense.bias)
-        if expanded.requires_grad or expanded.dtype != torch.float32:
-            return gelu(expanded, approximate=approximate)
-        # In place, as above: a twentieth of BERT-base at 1,024 rows in float32; in half precision, nothing.
-        result = torch.ops.aten.gelu_.default(expanded, approximate=approximate)
-        return result
+        return activated_linear(
+            hidden_states, getattr(self, self.dense_name), getattr(self, self.activation_name)
+        )
+
+
+def cannot_fuse_activation(activation: Any, dense: nn.Module) -> str | None:
+    """Why `activated_linear` would only call both; None where it fuses them."""
+    if approximation_of(activation) is None:
+        return f"its activation is {getattr(activation, '__name__', type(activation).__name__)}, not a GELU"
+    if dense.bias is None:
+        return "its linear layer has no bias"
+    return None

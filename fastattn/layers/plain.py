@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["is_observed", "is_plain", "modules_below"]
 
@@ -32,7 +33,17 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
     A LoRA wrapper, a quantized or parametrized layer, and a layer with hooks are not: they must be called.
     """
-    return type(module) is kind and not is_observed(module)
+    return type(module) is kind and not is_observed(module) and not _is_wrapped(module)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether a parameter is a tensor of another make (torchao's quantized ones, DTensor), which only the
+    module's own forward is known to read right.
+    """
+    return any(
+        type(each) is not nn.Parameter and is_traceable_wrapper_subclass(each)
+        for each in module._parameters.values()
+    )
 
 
 def modules_below(module: nn.Module) -> Iterator[nn.Module]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from transformers.models.bert import modeling_bert
 
 from fastattn.layers import FusedActivation, FusedResidualNorm
-from fastattn.models.encoder import FusedSelfAttention, PackedEncoder
 from fastattn.models.family import Family, Site
+from fastattn.models.packed import PackedRegion
+from fastattn.models.self_attention import FusedSelfAttention
 
 __all__ = ["FAMILY"]
 
@@ -31,7 +32,7 @@ class BertOutput(FusedResidualNorm, modeling_bert.BertOutput):
     fastattn_original = modeling_bert.BertOutput
 
 
-class BertEncoder(PackedEncoder, modeling_bert.BertEncoder):
+class BertEncoder(PackedRegion, modeling_bert.BertEncoder):
     fastattn_original = modeling_bert.BertEncoder
 
 
@@ -44,6 +45,5 @@ FAMILY = Family(
         Site("residual_norm", BertOutput),
         Site("encoder", BertEncoder),
     ),
-    # Every attention layer of the family; each asks transformers' attention interface.
-    attention=(modeling_bert.BertSelfAttention, modeling_bert.BertCrossAttention),
+    attention="absolute positions",
 )

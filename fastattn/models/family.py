@@ -10,18 +10,63 @@ from torch import nn
 
 from fastattn.layers import FusedLayer
 
-__all__ = ["KINDS", "Family", "Site", "families_in", "known_families"]
+__all__ = ["KINDS", "Family", "Site", "families_in", "known_families", "load_family"]
 
-KINDS = ("attention", "residual_norm", "activation", "encoder")
+KINDS = ("attention", "residual_norm", "norm", "activation", "encoder")
 
 # Module that defines an architecture's layers -> the adapter for it. An adapter is imported only once a model
-# holds such a layer, so transformers is then loaded already.
-_ADAPTERS = {"transformers.models.bert.modeling_bert": "fastattn.models.bert"}
+# holds such a layer, so that transformers, or this part of it, is then loaded already.
+_ADAPTERS = {
+    "torch.nn.modules.transformer": "fastattn.models.torch_nn",
+    "torch.nn.modules.activation.MultiheadAttention": "fastattn.models.torch_nn",
+    **{
+        f"transformers.models.{name}.modeling_{name}": f"fastattn.models.{name}"
+        for name in (
+            "albert",
+            "bart",
+            "bert",
+            "bloom",
+            "clip",
+            "deberta_v2",
+            "distilbert",
+            "electra",
+            "falcon",
+            "gemma2",
+            "gemma3",
+            "gpt2",
+            "gpt_neo",
+            "gpt_neox",
+            "gpt_oss",
+            "gptj",
+            "llama",
+            "marian",
+            "mbart",
+            "mistral",
+            "modernbert",
+            "mpnet",
+            "opt",
+            "pegasus",
+            "phi",
+            "qwen2",
+            "qwen3",
+            "roberta",
+            "t5",
+            "vit",
+            "whisper",
+            "xlm_roberta",
+        )
+    },
+}
 
 
 @dataclass(frozen=True)
 class Site:
-    """A class of layer that can be swapped: what kind it is and what takes its place."""
+    """A class of layer that can be swapped: what kind it is and what takes its place.
+
+    "attention" is an attention layer's own forward; "residual_norm" a layer that adds to the residual stream
+    and normalizes it (in decoders the whole layer); "norm" a norm alone; "activation" an MLP or the part of
+    it around its activation; "encoder" a stack of layers that runs without padding.
+    """
 
     kind: str
     replacement: type[FusedLayer]
@@ -33,11 +78,20 @@ class Site:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its sites, and every class of attention layer it has."""
+    """One architecture.
+
+    Attributes:
+        name: the adapter's module and transformers' model type.
+        attention: in words, what its attention is: positions, grouped queries, caps, windows, sinks.
+        sites: its layers that are swapped. Attention layers that ask transformers' attention interface need
+            no site: their configuration is switched to our function.
+        limits: what of the architecture is left as it is, and why, one sentence each.
+    """
 
     name: str
+    attention: str
     sites: tuple[Site, ...]
-    attention: tuple[type[nn.Module], ...]
+    limits: tuple[str, ...] = ()
 
 
 @cache
@@ -48,10 +102,18 @@ def _load(adapter: str) -> Family:
 
 def known_families() -> tuple[str, ...]:
     """Names of the supported architectures, without loading their adapters."""
-    return tuple(sorted(adapter.rpartition(".")[2] for adapter in _ADAPTERS.values()))
+    return tuple(sorted({adapter.rpartition(".")[2] for adapter in _ADAPTERS.values()}))
+
+
+def load_family(name: str) -> Family:
+    """The adapter called `name`, one of `known_families()`; it imports the architecture's modeling code."""
+    return _load(f"fastattn.models.{name}")
 
 
 def families_in(model: nn.Module) -> tuple[Family, ...]:
     """The adapters of the layers in `model`, subclasses of known layers included."""
-    origins = {base.__module__ for module in model.modules() for base in type(module).__mro__}
-    return tuple(_load(adapter) for origin, adapter in _ADAPTERS.items() if origin in origins)
+    bases = {base for module in model.modules() for base in type(module).__mro__}
+    origins = {base.__module__ for base in bases} | {
+        f"{base.__module__}.{base.__qualname__}" for base in bases
+    }
+    return tuple(dict.fromkeys(_load(adapter) for origin, adapter in _ADAPTERS.items() if origin in origins))

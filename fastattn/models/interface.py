@@ -1,8 +1,7 @@
-"""fastattn among transformers' attention implementations: the attention function, the mask function, and
-recording.
+"""fastattn among transformers' attention implementations: the attention function.
 
-Importing this module registers both under "fastattn" with transformers, the one thing fastattn changes
-globally.
+Importing this module registers it and the mask function under "fastattn" with transformers, the one thing
+fastattn changes globally.
 """
 
 from __future__ import annotations
@@ -12,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
-from transformers.utils import output_capturing
 
 from fastattn import ops
-from fastattn.ops.attention_cpu import attend_sequences, attention_torch
+from fastattn.models.masks import hides_nothing, padding_mask
+from fastattn.models.packed_attention import packed_attention
+from fastattn.models.recording import is_recording_hook, recorded_outputs, records_attentions
+from fastattn.ops.attention_cpu import attend_at_once, attention_torch
 from fastattn.ops.attention_reference import attention_weights
 from fastattn.ops.attention_terms import AttentionTerms
 from fastattn.ops.registration import runs_in_pytorch
+from fastattn.ops.relative_bias import RelativeBias, relative_terms
 from fastattn.ops.validation import autocast, is_traced
 from fastattn.packing import Packing
 
@@ -27,8 +28,6 @@ __all__ = ["NAME", "attention_forward", "is_recording_hook", "padding_mask", "re
 
 # Without "flash" in it: transformers takes such a name for a kernel to fetch from the Hub.
 NAME = "fastattn"
-
-_NOTHING: frozenset[str] = frozenset()
 
 # Keyword arguments that change the result and that this function does not compute: packing by bounds, paged
 # caches, sparse attention by indices (which the eager functions find in the mask instead), sinks per query.
@@ -39,6 +38,7 @@ _UNSUPPORTED = frozenset(
         "cache",
         "indices",
         "block_indices",
+        "packing",
         "sinks",
     )
 )
@@ -49,167 +49,202 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Packing | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    packing: Packing | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: Tensor | RelativeBias | None = None,
+    query_start: int | Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function transformers calls.
 
     Args:
         module: the attention layer; its `is_causal` counts where the argument is None.
-        query: [B, Hq, Sq, D]; with `packing` [1, Hq, Tq, D].
+        query: [B, Hq, Sq, D]; of a packed batch [1, Hq, Tq, D].
         key, value: [B, Hkv, Sk, D], not repeated for grouped queries.
-        attention_mask: bool padding mask [B, Sk], bool or additive 4-D mask, or None. One of four dimensions
-            holds causality and window already, and whatever a model lets see past them.
-        packing: the layout of a packed batch, whose padding is already gone.
+        attention_mask: None; the Packing of a packed batch, whose padding is already gone; bool [B, n], which
+            of the first n keys are real, none of the others being there; or a mask of four dimensions, bool
+            or added to the scores, which holds causality and window already and whatever a model lets see
+            past them.
         sliding_window: keys a query sees in either direction, its own included.
         softcap: bound of the scaled scores (Gemma 2).
         s_aux: [Hq], attention sinks (gpt-oss).
-        position_bias: broadcastable to [B, Hq, Sq, Sk], added to the scores (T5).
+        position_bias: added to the scores (T5): broadcastable to [B, Hq, Sq, Sk], or a RelativeBias.
+        query_start: position of the first query among the keys; default: the last query at the last key.
+        output_attentions: also return the weights, as where the caller asked transformers to record them.
 
     Returns:
-        [B, Sq, Hq, D] contiguous, and the attention weights where the caller asked transformers to record
-        them.
+        [B, Sq, Hq, D] contiguous, and the attention weights [B, Hq, Sq, Sk] where asked for.
 
     Raises:
-        ValueError: a keyword argument that would change the result and is not supported.
+        ValueError: a keyword argument that would change the result and is not supported, or a mask that does
+            not fit.
     """
-    for name in _UNSUPPORTED.intersection(kwargs):
-        if kwargs[name] is not None:
-            raise ValueError(f'attn_implementation="{NAME}" does not support {name}; use "sdpa" or "eager"')
-    plain = sliding_window is None and softcap is None and s_aux is None and position_bias is None
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    # A layer's own tensors need none of the checks a caller's do, and on a CPU those show in small batches.
-    in_pytorch = dropout == 0.0 and runs_in_pytorch(query)
-    if packing is not None:
-        if position_bias is not None:
-            raise ValueError(f'attn_implementation="{NAME}" does not support position_bias of a packed batch')
-        q = query[0].transpose(0, 1)
-        k, v = packing.keys(key[0].transpose(0, 1)), packing.keys(value[0].transpose(0, 1))
-        if packing.bounds is not None and in_pytorch and plain:
-            q, k, v = autocast(q, k, v)
-            return attend_sequences(q, k, v, *packing.bounds, scale).unsqueeze(0), None
-        out = ops.varlen_attention(
-            q,
-            k,
-            v,
-            packing.cu_seqlens_q,
-            packing.cu_seqlens_k,
-            packing.length,
-            packing.length,
-            window=_window(sliding_window),
+    if kwargs and not _UNSUPPORTED.isdisjoint(kwargs):
+        for name in _UNSUPPORTED.intersection(kwargs):
+            if kwargs[name] is not None:
+                raise ValueError(
+                    f'attn_implementation="{NAME}" does not support {name}; use "sdpa" or "eager"'
+                )
+    batch, _, length, head_dim = query.shape
+    scale = head_dim**-0.5 if scaling is None else scaling
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    # transformers counts a query's own position among the keys of its window.
+    window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+    softcap = softcap or 0.0
+    # Asked only where the layer does not say: outside the recorder a graph cannot read what it keeps.
+    recorded = records_attentions() if output_attentions is None else output_attentions
+    if isinstance(attention_mask, Packing):
+        if recorded:
+            raise ValueError(f'attn_implementation="{NAME}" returns no attention weights of a packed batch')
+        packed = packed_attention(
+            query,
+            key,
+            value,
+            attention_mask,
             scale=scale,
-            softcap=softcap or 0.0,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            sinks=s_aux,
+            position_bias=position_bias,
+            dropout_p=dropout,
+        )
+        return packed, None
+    mask = bias = None
+    all_keys = keys = key.shape[2]
+    if attention_mask is not None:
+        if attention_mask.dim() == 4:
+            causal, window = False, None
+            if attention_mask.dtype == torch.bool:
+                mask = attention_mask
+            elif attention_mask.is_floating_point():
+                bias = attention_mask
+            else:
+                raise ValueError(_bad_mask(attention_mask, query, keys))
+            if isinstance(position_bias, RelativeBias) and query_start is None and length != keys:
+                raise ValueError(
+                    f"a mask {list(attention_mask.shape)} does not say where among {keys} keys the queries "
+                    "are; a RelativeBias beside it needs query_start"
+                )
+        else:
+            key, value, mask, position_bias = _of_keys_there(query, key, value, attention_mask, position_bias)
+            keys = key.shape[2]
+    relative = None
+    if position_bias is not None:
+        if isinstance(position_bias, RelativeBias):
+            relative = position_bias
+        else:
+            bias = position_bias if bias is None else bias + position_bias
+    # One query is the last: nothing follows it.
+    causal = causal and (length > 1 or query_start is not None)
+    # A layer's own tensors need none of the checks a caller's do, and on a CPU those show in small batches.
+    in_pytorch = dropout == 0.0 and not recorded and runs_in_pytorch(query)
+    if in_pytorch and relative is None and s_aux is None and softcap == 0.0:
+        if not causal and window is None:
+            at_once = True
+        else:
+            # Without a mask of its own, the kernel knows causality of as many queries as keys.
+            at_once = query_start is None and (window is None or keys <= window[0] + 1)
+            at_once = at_once and (not causal or (mask is None and bias is None and length == keys))
+        if (
+            at_once
+            and not torch.is_autocast_enabled(query.device.type)
+            # A learned bias would leave the scores of all queries to autograd.
+            and (bias is None or (bias.dtype == query.dtype and not bias.requires_grad))
+            and head_dim == value.shape[3]
+            and batch * length * keys
+        ):
+            if mask is not None and mask.dim() == 2:
+                mask = mask.view(batch, 1, 1, keys)
+            if bias is not None:
+                mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
+            out = attend_at_once(query, key, value, mask, causal, scale)
+            return out.transpose(1, 2).contiguous(), None
+    if isinstance(query_start, Tensor):
+        query_start = query_start.reshape(-1).expand(batch)
+    if not (in_pytorch or recorded):
+        attended = ops.attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            relative_bias=relative,
+            causal=causal,
+            query_start=query_start,
+            window=window,
+            scale=scale,
+            softcap=softcap,
             sinks=s_aux,
             dropout_p=dropout,
         )
-        assert isinstance(out, Tensor)
-        return out.unsqueeze(0), None
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    complete = attention_mask is not None and attention_mask.dim() == 4
-    causal = bool(causal) and query.shape[2] > 1 and not complete
-    mask, bias = None, position_bias
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        mask = attention_mask
-    elif attention_mask is not None:
-        bias = attention_mask if bias is None else bias + attention_mask
-    window = None if complete else _window(sliding_window)
-    recorded = not recorded_outputs().isdisjoint(("attentions", "cross_attentions"))
-    if recorded or (in_pytorch and plain):
-        left, right = window or (-1, -1)
-        terms = AttentionTerms(
-            mask=mask,
-            bias=bias,
-            causal=causal,
-            query_start=key.shape[2] - query.shape[2],
-            window_left=left,
-            window_right=right,
-            scale=scale,
-            softcap=softcap or 0.0,
-            sinks=s_aux,
-        )
-        if not recorded:
-            query, key, value = autocast(query, key, value)
-            direct, _ = attention_torch(query, key, value, terms)
-            return direct.transpose(1, 2).contiguous(), None
-        weights = attention_weights(query, key, terms)
-        weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
-        group = query.shape[1] // value.shape[1]
-        out = (weights @ value.repeat_interleave(group, dim=1)).transpose(1, 2).contiguous()
-        return out, weights
-    out = ops.attention(
-        query,
-        key,
-        value,
+        assert isinstance(attended, Tensor)
+        return attended.transpose(1, 2).contiguous(), None
+    left, right = window or (-1, -1)
+    starts = query_start if isinstance(query_start, Tensor) else None
+    terms = AttentionTerms(
         mask=mask,
         bias=bias,
         causal=causal,
-        window=window,
+        query_start=query_start if isinstance(query_start, int) else keys - length,
+        query_starts=starts,
+        window_left=left,
+        window_right=right,
         scale=scale,
-        softcap=softcap or 0.0,
+        softcap=softcap,
         sinks=s_aux,
-        dropout_p=dropout,
+        **relative_terms(relative),
     )
-    assert isinstance(out, Tensor)
-    return out.transpose(1, 2).contiguous(), None
+    query, key, value = autocast(query, key, value)
+    if recorded:
+        return _with_weights(query, key, value, terms, dropout, all_keys)
+    in_tiles, _ = attention_torch(query, key, value, terms)
+    return in_tiles.transpose(1, 2).contiguous(), None
 
 
-def _window(sliding_window: int | None) -> tuple[int, int] | None:
-    """transformers counts a query's own position among the keys of its window."""
-    return None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+def _of_keys_there(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    position_bias: Tensor | RelativeBias | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | RelativeBias | None]:
+    """Keys, values, mask and bias of the first n keys, where a mask [B, n] says that no others are there."""
+    keys = key.shape[2]
+    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[0] != query.shape[0] or mask.shape[1] > keys:
+        raise ValueError(_bad_mask(mask, query, keys))
+    there = mask.shape[1]
+    if there < keys:
+        key, value = key[:, :, :there], value[:, :, :there]
+        if isinstance(position_bias, Tensor) and position_bias.shape[-1] == keys:
+            position_bias = position_bias[..., :there]
+    return key, value, None if hides_nothing(mask) and not is_traced(mask) else mask, position_bias
 
 
-def padding_mask(
-    *args: Any,
-    kv_offset: int = 0,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    allow_is_bidirectional_skip: bool = False,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask function transformers calls: a padding mask [B, Sk] stays two-dimensional.
-
-    Only where padding is all there is to hide and the caller does not need four dimensions; every other mask
-    (causal, sliding, packed) is built by transformers itself.
-
-    Returns:
-        None where nothing is hidden, bool [B, Sk], or bool [B, 1, Sq, Sk].
-    """
-    kwargs.pop("allow_is_causal_skip", None)
-    if mask_function is not bidirectional_mask_function or not allow_is_bidirectional_skip or kv_offset != 0:
-        mask: Tensor | None = sdpa_mask(
-            *args,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            # The causal mask is always built: its absence would mean different things to different cache
-            # types.
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-            **kwargs,
-        )
-        return mask
-    if attention_mask is None or (not is_traced(attention_mask) and bool(attention_mask.all())):
-        return None
-    return attention_mask
+def _bad_mask(mask: Tensor, query: Tensor, keys: int) -> str:
+    batch, _, length, _ = query.shape
+    return (
+        f'attn_implementation="{NAME}": attention_mask is {mask.dtype} {list(mask.shape)}; it must be bool '
+        f"[{batch}, up to {keys}], or bool or floating point and broadcastable to [{batch}, heads, {length}, "
+        f"{keys}]"
+    )
 
 
-def recorded_outputs() -> frozenset[str]:
-    """What transformers records in the forward now running: "hidden_states", "attentions", ..."""
-    collected = output_capturing._active_collector.get()
-    return frozenset(collected) if collected else _NOTHING
-
-
-def is_recording_hook(hook: Any) -> bool:
-    """Whether a forward hook is transformers' own recorder, idle unless something is recorded."""
-    return getattr(hook, "__module__", None) == output_capturing.__name__
+def _with_weights(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, dropout: float, keys: int
+) -> tuple[Tensor, Tensor]:
+    """The output and the weights themselves, zero for keys that are not there."""
+    weights = attention_weights(query, key, terms)
+    weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
+    group = query.shape[1] // value.shape[1]
+    out = (weights @ value.repeat_interleave(group, dim=1)).transpose(1, 2).contiguous()
+    return out, nn.functional.pad(weights, (0, keys - weights.shape[3]))
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -22,7 +22,16 @@ from fastattn.onnx.translations import TRANSLATIONS
 from fastattn.ops.attention_terms import AttentionTerms
 from fastattn.packing import data_dependent_shapes
 
-__all__ = ["OPSET", "FusionError", "convert", "count_fusions", "to_onnx", "trace"]
+__all__ = [
+    "OPSET",
+    "FusionError",
+    "checked_fusions",
+    "convert",
+    "count_fusions",
+    "rename_dimensions",
+    "to_onnx",
+    "trace",
+]
 
 # What torch exports; onnx's own default is newer than ONNX Runtime accepts, and web runtimes stop here too.
 OPSET = 20
@@ -65,10 +74,10 @@ def convert(
     onnx_model = to_onnx(program)
     first = next(iter(inputs))
     symbols = next(value.shape for value in onnx_model.graph.inputs if value.name == first)
-    _rename_dimensions(onnx_model, {str(s): name for s, name in zip(symbols, dimensions, strict=True)})
+    rename_dimensions(onnx_model, {str(s): name for s, name in zip(symbols, dimensions, strict=True)})
     for value, name in zip(onnx_model.graph.outputs, outputs, strict=True):
         value.name = name
-    return onnx_model, _checked_fusions(program, onnx_model)
+    return onnx_model, checked_fusions(program, onnx_model)
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_shapes: Any) -> Any:
@@ -154,7 +163,7 @@ def _made_by(value: Any) -> str | None:
     return None if node is None else str(node.op_type)
 
 
-def _checked_fusions(program: Any, model: Any) -> dict[str, int]:
+def checked_fusions(program: Any, model: Any) -> dict[str, int]:
     """Every operation of the traced model that has a fused form must be there in that form."""
     wanted: Counter[str] = Counter()
     for name, arguments in _operations(program):
@@ -185,7 +194,7 @@ def _becomes_fused_attention(arguments: Mapping[str, Any]) -> bool:
     return within_fused_operator(terms) and padding_mask and bool(heads == key_heads)
 
 
-def _rename_dimensions(model: Any, names: Mapping[str, str]) -> None:
+def rename_dimensions(model: Any, names: Mapping[str, str]) -> None:
     """Give the dynamic dimensions their names wherever a shape mentions them."""
     pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in names))
     values = [*model.graph.inputs, *model.graph.initializers.values()]

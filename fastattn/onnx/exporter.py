@@ -18,7 +18,7 @@ from fastattn.onnx.requirements import require
 from fastattn.onnx.runtime import MANIFEST, MODEL_FILE, OnnxModel
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fastattn.onnx.source import Source
     from fastattn.verification import VerificationReport
@@ -42,7 +42,7 @@ class ExportResult:
         folder: the output folder.
         files: names of the files written, in order.
         size_bytes: of the model and its external data.
-        task: what the model's head is for.
+        task: what a Hugging Face model's head is for, else None.
         outputs: names of the outputs.
         nodes: nodes of the graph, subgraphs not counted.
         fusions: fused nodes by kind.
@@ -52,7 +52,7 @@ class ExportResult:
     folder: Path
     files: tuple[str, ...]
     size_bytes: int
-    task: str
+    task: str | None
     outputs: tuple[str, ...]
     nodes: int
     fusions: dict[str, int]
@@ -82,7 +82,7 @@ class ExportResult:
             ("folder", self.folder),
             ("files", ", ".join(self.files)),
             ("size", f"{self.size_bytes / 2**20:.1f} MiB"),
-            ("task", self.task),
+            ("task", self.task or "(a module's own)"),
             ("outputs", ", ".join(self.outputs)),
             ("nodes", self.nodes),
             *((f"fused {name}", count) for name, count in self.fusions.items()),
@@ -102,13 +102,15 @@ def export(
     layouts: str = "auto",
     verify: bool = True,
 ) -> ExportResult:
-    """Export a Hugging Face BERT with any head to ONNX: fused, padding-free, dynamic batch and sequence.
+    """Export a Hugging Face BERT with any head, or a module of your own, to ONNX: fused, padding-free, dynamic batch
+    and sequence.
 
     The model is not touched: a swapped one is exported as it is (with `padding="padded"` the graph pads), one
     that is not is swapped on a copy that shares its parameters. Either is exported in eval mode.
 
     Args:
-        model: BertModel or a Bert head; weights of other devices and dtypes are copied to the CPU and
+        model: BertModel or a Bert head, or, with example_inputs, any module that torch.export can trace, hand-written
+            from torch.nn's or fastattn.layers' classes for one; weights of other devices and dtypes are copied to the CPU and
             float32.
         output_dir: gets model.onnx (with model.onnx.data above 2 GiB), config.json, fastattn.json, and the
             tokenizer's files. Files of these names already there are replaced, once everything is written.
@@ -116,7 +118,9 @@ def export(
         target: "cpu": ONNX Runtime's CPU operators, opset 20 with com.microsoft 1.
         task: found from the model's class; a task given must be that one.
         tokenizer: saved beside the model.
-        example_inputs: the batch to trace with: input_ids, attention_mask and token_type_ids of one shape.
+        example_inputs: the batch to trace with: input_ids, attention_mask and token_type_ids of one shape; for a
+            module of your own its forward's arguments by name, float32, int64, int32 or bool, in a batch of at least
+            two sequences whose length is another number.
         layouts: "auto".
         verify: compare the written file, in ONNX Runtime, with the unswapped model in PyTorch.
 
@@ -145,13 +149,20 @@ def export(
             raise ValueError(f"{name} is {value!r}; this version exports {', '.join(map(repr, accepted))}")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; it must have save_pretrained")
-    require("transformers", "onnx", "onnxscript", *(["onnxruntime"] if verify else []))
-    from fastattn.onnx.source import prepare
+    require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
+    from fastattn.onnx.convert import convert
+    from fastattn.onnx.source import is_custom, prepare
 
     folder = Path(output_dir)
+    if example_inputs is not None and is_custom(model):
+        return _export_module(model, folder, precision, target, task, tokenizer, example_inputs, verify)
+    require("transformers")
     with _staging(folder) as staging:
         source = prepare(model, task, example_inputs)
-        fusions, nodes = _write_model(source, staging, {"precision": precision, "target": target})
+        converted, fusions = convert(
+            source.fused, source.inputs, source.dimensions, source.longest, source.outputs
+        )
+        _write_model(converted, staging, {"precision": precision, "target": target, "task": source.task})
         _write_config(source, type(model).__name__, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
@@ -163,10 +174,20 @@ def export(
 
             report = check_export(OnnxModel(staging), source.reference, source.dimensions, source.longest)
             _write_json(staging / MANIFEST, {**manifest, "verification": _verification_figures(report)})
-        files = tuple(sorted(entry.name for entry in staging.iterdir()))
-        size = sum((staging / name).stat().st_size for name in files if name.startswith(MODEL_FILE))
+        files, size = _files_of(staging)
         _move(staging, folder)
+    nodes = len(converted.graph)
     return ExportResult(folder, files, size, source.task, source.outputs, nodes, fusions, report)
+
+
+def _files_of(staging: Path) -> tuple[tuple[str, ...], int]:
+    """Names of the files, in order, and the bytes of the model and its external data."""
+    files = tuple(sorted(entry.name for entry in staging.iterdir()))
+    return files, sum((staging / name).stat().st_size for name in files if name.startswith(MODEL_FILE))
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {"fastattn": fastattn.__version__, **{name: version(name) for name in packages}}
 
 
 @contextmanager
@@ -201,22 +222,67 @@ def _move(staging: Path, folder: Path) -> None:
         os.replace(entry, folder / entry.name)
 
 
-def _write_model(source: Source, staging: Path, properties: dict[str, str]) -> tuple[dict[str, int], int]:
-    """Write model.onnx and check it; its fusion counts and its number of nodes."""
+def _export_module(
+    model: nn.Module,
+    folder: Path,
+    precision: str,
+    target: str,
+    task: str | None,
+    tokenizer: Any,
+    example_inputs: Mapping[str, Tensor],
+    verify: bool,
+) -> ExportResult:
+    """`export` of a module that is no Hugging Face model."""
+    from fastattn.onnx.convert import OPSET
+    from fastattn.onnx.module import DTYPES, check_module_export, convert_module, prepare_module
+
+    with _staging(folder) as staging:
+        source = prepare_module(model, task, example_inputs)
+        converted, fusions = convert_module(source)
+        _write_model(converted, staging, {"precision": precision, "target": target})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        manifest = {
+            "versions": _versions("torch", "onnx", "onnxscript"),
+            "architecture": type(model).__name__,
+            "task": None,
+            "precision": precision,
+            "target": target,
+            "opsets": {"ai.onnx": OPSET, "com.microsoft": 1},
+            "inputs": [
+                {
+                    "name": name,
+                    "dtype": DTYPES[tensor.dtype],
+                    "dimensions": source.dimensions[name],
+                    "bounds": source.bounds,
+                }
+                for name, tensor in source.inputs.items()
+            ],
+            "outputs": list(source.outputs),
+            "fusions": fusions,
+            "verification": None,
+        }
+        _write_json(staging / MANIFEST, manifest)
+        report = None
+        if verify:
+            report = check_module_export(OnnxModel(staging), source)
+            _write_json(staging / MANIFEST, {**manifest, "verification": _verification_figures(report)})
+        files, size = _files_of(staging)
+        _move(staging, folder)
+    return ExportResult(folder, files, size, None, source.outputs, len(converted.graph), fusions, report)
+
+
+def _write_model(model: Any, staging: Path, properties: dict[str, str]) -> None:
+    """Write model.onnx, an `onnx_ir.Model`, and check it."""
     import onnx
     import onnx_ir
 
-    from fastattn.onnx.convert import convert
-
-    model, fusions = convert(source.fused, source.inputs, source.dimensions, source.longest, source.outputs)
     model.producer_name, model.producer_version = "fastattn", fastattn.__version__
-    properties = {**properties, "task": source.task}
     model.metadata_props.update({f"fastattn.{name}": value for name, value in properties.items()})
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     external = EXTERNAL_DATA_FILE if weights > EXTERNAL_DATA_BYTES else None
     onnx_ir.save(model, staging / MODEL_FILE, external_data=external)
     onnx.checker.check_model(str(staging / MODEL_FILE))
-    return fusions, len(model.graph)
 
 
 def _write_config(source: Source, architecture: str, staging: Path) -> None:
@@ -236,9 +302,8 @@ def _manifest(
         "attention_mask": None,
         "token_type_ids": source.config.type_vocab_size,
     }
-    packages = ("torch", "transformers", "onnx", "onnxscript")
     return {
-        "versions": {"fastattn": fastattn.__version__, **{name: version(name) for name in packages}},
+        "versions": _versions("torch", "transformers", "onnx", "onnxscript"),
         "architecture": architecture,
         "task": source.task,
         "precision": precision,

@@ -137,15 +137,15 @@ class OnnxModel:
         """Run a batch.
 
         Args:
-            input_ids, attention_mask, token_type_ids: torch tensors or numpy arrays of integers, [batch,
+            input_ids, attention_mask, token_type_ids, for a Hugging Face model: torch tensors or numpy arrays of integers, [batch,
                 sequence] (for multiple choice [batch, choices, sequence]). A mask left out is all ones, types
-                are zeros.
+                are zeros. A module of your own takes the arguments it was exported with, all of them.
 
         Returns:
-            The outputs, torch tensors (on the device of input_ids) where input_ids is one, else numpy arrays.
+            The outputs, torch tensors (on the device of the first input) where that is one, else numpy arrays.
 
         Raises:
-            TypeError: an unknown or doubled name, or a dtype that is not an integer.
+            TypeError: an unknown, missing or doubled name, or a dtype of another kind.
             ValueError: a rank, shape, length or token that the model cannot take.
         """
         given = self._bind(args, kwargs)
@@ -153,8 +153,12 @@ class OnnxModel:
         torch = sys.modules.get("torch")
         as_torch = torch is not None and isinstance(ids, torch.Tensor)
         feeds: dict[str, Any] = {}
+        sizes: dict[str, int] = {}
         for entry in self._inputs:
             value = given.get(entry["name"])
+            if "bounds" in entry:
+                feeds[entry["name"]] = self._checked_tensor(entry, value, sizes)
+                continue
             if value is None:
                 shape = feeds[self.input_names[0]].shape
                 feeds[entry["name"]] = np.full(shape, entry["default"], dtype=np.int64)
@@ -180,6 +184,37 @@ class OnnxModel:
         if given.get(self.input_names[0]) is None:
             raise TypeError(f"{self.input_names[0]} is missing; the model takes {accepted}")
         return given
+
+    def _checked_tensor(self, entry: dict[str, Any], value: Any, sizes: dict[str, int]) -> Any:
+        """An input of a module that is no Hugging Face model; `sizes` collects what the dimensions' names stand for."""
+        name, dimensions = entry["name"], entry["dimensions"]
+        if value is None:
+            raise TypeError(f"{name} is missing; the model takes {', '.join(self.input_names)}")
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy()
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch tensor or a numpy array")
+        wanted = np.dtype(entry["dtype"])
+        if value.dtype.kind != wanted.kind and not (value.dtype.kind in "iu" and wanted.kind == "i"):
+            raise TypeError(f"{name} is {value.dtype}; it must be {wanted}")
+        expected = f"[{', '.join(map(str, dimensions))}]"
+        if value.ndim != len(dimensions) or 0 in value.shape:
+            raise ValueError(f"{name} must be {expected} and not empty; got {list(value.shape)}")
+        for size, dimension in zip(value.shape, dimensions, strict=True):
+            if isinstance(dimension, str) and dimension.isidentifier():
+                known = sizes.setdefault(dimension, size)
+                if size > entry["bounds"].get(dimension, size):
+                    raise ValueError(
+                        f"{name} has {size} as its {dimension}; the model takes at most {entry['bounds'][dimension]}"
+                    )
+            else:
+                known = dimension if isinstance(dimension, int) else size
+            if size != known:
+                raise ValueError(
+                    f"{name} must be {expected} with {dimension} = {known}; got {list(value.shape)}"
+                )
+        return np.ascontiguousarray(value, dtype=wanted)
 
     def _checked(self, entry: dict[str, Any], value: Any, feeds: dict[str, Any]) -> Any:
         """The input as a contiguous int64 array, its values checked."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastattn.swap import is_swapped, optimize, restore
 from fastattn.verification import shared_copy
 
-__all__ = ["INPUTS", "TASKS", "Source", "prepare"]
+__all__ = ["INPUTS", "TASKS", "Source", "is_custom", "prepare", "private_copy"]
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -73,10 +73,10 @@ def prepare(model: Any, task: str | None, example_inputs: Mapping[str, Tensor] |
             "the model is a decoder (config.is_decoder), whose cache this version cannot export; "
             "encoders can be exported"
         )
-    reference = _private_copy(model)
+    reference = private_copy(model)
     restore(reference)
     original_config = copy.deepcopy(reference.config)
-    fused = _private_copy(model)
+    fused = private_copy(model)
     if not is_swapped(fused):
         report = optimize(fused)
         if not report.swapped:
@@ -100,6 +100,11 @@ def prepare(model: Any, task: str | None, example_inputs: Mapping[str, Tensor] |
     return Source(fused, reference, original_config, found, inputs, dimensions, longest, outputs)
 
 
+def is_custom(model: Any) -> bool:
+    """Whether `model` is a module of the user's own, no Hugging Face model, which is exported by its example."""
+    return isinstance(model, nn.Module) and not hasattr(getattr(model, "config", None), "model_type")
+
+
 def _task(model: nn.Module) -> str:
     name = type(model).__name__
     config = getattr(model, "config", None)
@@ -108,10 +113,13 @@ def _task(model: nn.Module) -> str:
         if kind == "bert" and name == f"Bert{ending}":
             return task
     accepted = ", ".join(f"Bert{ending}" for ending in TASKS)
-    raise ValueError(f"the model is a {name}; this version exports {accepted}")
+    raise ValueError(
+        f"the model is a {name}; this version exports {accepted}, and modules that are no Hugging Face models "
+        "with example_inputs"
+    )
 
 
-def _private_copy(model: nn.Module) -> nn.Module:
+def private_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU in float32; it shares the model's parameters where they are that already."""
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     if any(tensor.is_meta for tensor in tensors):

@@ -25,7 +25,13 @@ from fastattn.ops.attention_reference import (
 )
 from fastattn.ops.attention_terms import AttentionTerms, sequence_terms
 
-__all__ = ["attend_sequences", "attention_torch", "varlen_attention_torch"]
+__all__ = [
+    "attend_at_once",
+    "attend_packed",
+    "attend_sequences",
+    "attention_torch",
+    "varlen_attention_torch",
+]
 
 # A window is attended in tiles of at least this many queries: fewer would cost more in calls than the keys
 # they leave out.
@@ -197,9 +203,32 @@ def _fused(
         attn_mask=mask,
         is_causal=causal,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        # torch.jit.trace makes tensors of sizes.
+        enable_gqa=bool(query.shape[1] != key.shape[1]),
     )
     return out if value_dim >= head_dim else out[..., :value_dim]
+
+
+def attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """One fused call on [B, H, S, D] and next to nothing around it, which in decoding would cost as much as
+    the call: nothing is empty, autocast is off, key and value heads are of one size.
+
+    `mask`: bool, or additive in query's dtype: 4-D, broadcastable. `causal`: as many queries as keys.
+    """
+    batch, heads, length, head_dim = query.shape
+    key_heads = key.shape[1]
+    if heads == key_heads:
+        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
+    if length == 1 and (mask is None or mask.shape[1] == 1):
+        # The queries of one token that share keys, as queries of one head: the keys are read once.
+        query = query.reshape(batch, key_heads, heads // key_heads, head_dim)
+        out = scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        return out.reshape(batch, heads, 1, head_dim)
+    return scaled_dot_product_attention(
+        query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
 
 
 def varlen_attention_torch(
@@ -242,6 +271,46 @@ def attend_sequences(
         each = sequence_terms(terms, bounds_q, bounds_k, default_start=True)
     else:
         each = [replace(terms, query_start=start) for start in starts]
+    return _attend_each(query, key, value, bounds_q, bounds_k, each)
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds_q: list[int],
+    bounds_k: list[int],
+    terms: AttentionTerms,
+) -> Tensor:
+    """`attend_sequences` with whatever else shapes the scores.
+
+    `terms.bias` is that of the padded batch, [1 or B, Hq or 1, >= Sq, >= Sk]: each sequence has its first
+    rows and columns. Each sequence's last query is aligned with its last key.
+    """
+    lengths_q = [end - start for start, end in pairwise(bounds_q)]
+    lengths_k = [end - start for start, end in pairwise(bounds_k)]
+    longest = max(lengths_k, default=0)
+    left, right = terms.window_left, terms.window_right
+    # A window that no sequence exceeds is none; without it all sequences share one set of terms.
+    if max(left, right) >= 0:
+        terms = replace(
+            terms,
+            window_left=-1 if left >= longest - 1 else left,
+            window_right=-1 if right >= max(longest, max(lengths_q, default=0)) - 1 else right,
+        )
+    bias = terms.bias
+    if terms.rel_table is not None and lengths_q == lengths_k:
+        # Looked up once for the longest sequence, not once a sequence.
+        dtype = computing_dtype(query)
+        bias = terms.added((0, longest), (0, longest), query.device, dtype)
+        terms = replace(terms, bias=bias, rel_table=None)
+    each = sequence_terms(terms, bounds_q, bounds_k, default_start=True)
+    if bias is not None:
+        parts = bias if bias.shape[0] > 1 else bias.expand(len(each), -1, -1, -1)
+        each = [
+            replace(term, bias=part[None, :, :rows, :columns])
+            for term, part, rows, columns in zip(each, parts, lengths_q, lengths_k, strict=True)
+        ]
     return _attend_each(query, key, value, bounds_q, bounds_k, each)
 
 

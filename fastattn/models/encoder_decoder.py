@@ -1,0 +1,142 @@
+"""Layers of BART and the encoder-decoders made after it, written with a residual stream: normalized after each
+addition (BART, Marian) or before each sublayer (mBART, Pegasus, Whisper).
+
+Their encoders hold no stack of their own, so each encoder layer runs packed, and hands the packed tokens on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from fastattn.layers import ResidualLayer, activated_linear, project
+
+__all__ = [
+    "PostNormDecoderLayer",
+    "PostNormEncoderLayer",
+    "PreNormCrossDecoderLayer",
+    "PreNormEncoderLayer",
+    "within_half",
+]
+
+
+def within_half(x: Tensor) -> Tensor:
+    """A float16 tensor with nothing beyond the largest number less 1,000, which leaves room to add to it."""
+    limit = torch.finfo(torch.float16).max - 1000
+    return x.clamp(min=-limit, max=limit)
+
+
+class _Layer(ResidualLayer):
+    """What all four layers share: the feed-forward part between its norm and its addition."""
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        modules = self._modules
+        expanded = activated_linear(x, modules["fc1"], self.activation_fn)  # type: ignore[arg-type]
+        if self.training:
+            expanded = dropout(expanded, p=self.activation_dropout)  # type: ignore[arg-type]
+        return project(expanded, [modules["fc2"]])[0]  # type: ignore[list-item]
+
+
+class PostNormEncoderLayer(_Layer):
+    """norm(x + attention(x)), then norm(x + mlp(x)): BART, Marian."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        stream = self.residual_stream(hidden_states)
+        attended, _ = self.self_attn(hidden_states, attention_mask=attention_mask, **kwargs)
+        stream.add(attended, self.dropout)  # type: ignore[arg-type]
+        hidden_states = stream.normalize(self.self_attn_layer_norm)  # type: ignore[arg-type]
+        stream.add(self.feed_forward(hidden_states), self.dropout)  # type: ignore[arg-type]
+        hidden_states = stream.normalize(self.final_layer_norm)  # type: ignore[arg-type]
+        if hidden_states.dtype == torch.float16 and not torch.isfinite(hidden_states).all():
+            hidden_states = within_half(hidden_states)
+        return hidden_states
+
+
+class PostNormDecoderLayer(_Layer):
+    """As `PostNormEncoderLayer`, with attention to an encoder's output in between."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        stream = self.residual_stream(hidden_states)
+        attended, _ = self.self_attn(
+            hidden_states, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        stream.add(attended, self.dropout)  # type: ignore[arg-type]
+        hidden_states = stream.normalize(self.self_attn_layer_norm)  # type: ignore[arg-type]
+        if encoder_hidden_states is not None:
+            attended, _ = self.encoder_attn(
+                hidden_states,
+                key_value_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            stream.add(attended, self.dropout)  # type: ignore[arg-type]
+            hidden_states = stream.normalize(self.encoder_attn_layer_norm)  # type: ignore[arg-type]
+        stream.add(self.feed_forward(hidden_states), self.dropout)  # type: ignore[arg-type]
+        return stream.normalize(self.final_layer_norm)  # type: ignore[arg-type]
+
+
+class PreNormEncoderLayer(_Layer):
+    """x + attention(norm(x)), then x + mlp(norm(x)): mBART, Pegasus, Whisper."""
+
+    entry_norm_name: ClassVar[str] = "self_attn_layer_norm"
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        stream = self.residual_stream(hidden_states)
+        attended, _ = self.self_attn(
+            hidden_states=stream.norm(self.self_attn_layer_norm),  # type: ignore[arg-type]
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        stream.add(attended, self.dropout)  # type: ignore[arg-type]
+        stream.add(self.feed_forward(stream.norm(self.final_layer_norm)), self.dropout)  # type: ignore[arg-type]
+        # The next layer's norm is that of the clamped sum, so it cannot be computed with the sum.
+        return within_half(stream.value) if hidden_states.dtype == torch.float16 else stream.leave()
+
+
+class PreNormCrossDecoderLayer(_Layer):
+    """As `PreNormEncoderLayer`, with attention to an encoder's output in between."""
+
+    entry_norm_name: ClassVar[str] = "self_attn_layer_norm"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        stream = self.residual_stream(hidden_states)
+        attended, _ = self.self_attn(
+            hidden_states=stream.norm(self.self_attn_layer_norm),  # type: ignore[arg-type]
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        stream.add(attended, self.dropout)  # type: ignore[arg-type]
+        if encoder_hidden_states is not None:
+            attended, _ = self.encoder_attn(
+                hidden_states=stream.norm(self.encoder_attn_layer_norm),  # type: ignore[arg-type]
+                key_value_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            stream.add(attended, self.dropout)  # type: ignore[arg-type]
+        stream.add(self.feed_forward(stream.norm(self.final_layer_norm)), self.dropout)  # type: ignore[arg-type]
+        return stream.leave()
