@@ -47,16 +47,21 @@ $(AOT_FOLDERS): .venv-triton/%: | $(INSTALLED)
 	$(PIP) install --quiet --no-deps --target $@ triton==$*
 
 # Every supported transformers in a folder of its own, first on PYTHONPATH. `digests` records the methods our layers
-# replace as each version has them, after a change in them was read (fastattn/models/drift.py); `models` runs the test
-# of all families with the oldest and the newest and renews docs/models.md.
+# replace as each version has them, and each torch's, after a change in them was read (fastattn/models/drift.py);
+# `models` runs the test of all families with the oldest and the newest and renews docs/models.md.
 TRANSFORMERS := 5.17.0 5.18.0 5.19.0 5.20.0 5.20.1 5.20.2 5.21.0 5.21.1 5.22.0 5.22.1 5.22.2 5.23.0
 TRANSFORMERS_FOLDERS := $(TRANSFORMERS:%=.venv-transformers/%)
 MODELS_TESTED := $(firstword $(TRANSFORMERS)) $(lastword $(TRANSFORMERS))
 
-digests: $(INSTALLED) $(TRANSFORMERS_FOLDERS)
+TORCHES := 2.11.0 2.12.0 2.12.1 2.13.0 2.14.0 2.14.1 2.15.0
+TORCH_FOLDERS := $(TORCHES:%=.venv-torch/%)
+
+digests: $(INSTALLED) $(TRANSFORMERS_FOLDERS) $(TORCH_FOLDERS)
+	rm -f fastattn/models/digests.json
 	for folder in $(TRANSFORMERS_FOLDERS); do \
 	    PYTHONPATH=$$folder:kernels $(BIN)/python -m fastattn.models.drift --record || exit 1; \
 	done
+	for folder in $(TORCH_FOLDERS); do $(BIN)/python -m fastattn.models.drift --torch $$folder || exit 1; done
 
 models: $(INSTALLED) $(MODELS_TESTED:%=.venv-transformers/%)
 	for version in $(MODELS_TESTED); do \
@@ -67,6 +72,11 @@ models: $(INSTALLED) $(MODELS_TESTED:%=.venv-transformers/%)
 
 $(TRANSFORMERS_FOLDERS): .venv-transformers/%: | $(INSTALLED)
 	$(PIP) install --quiet --no-deps --target $@ transformers==$*
+
+# Only its Python sources are read: macOS's wheel is the smallest.
+$(TORCH_FOLDERS): .venv-torch/%: | $(INSTALLED)
+	$(PIP) install --quiet --no-deps --only-binary=:all: --python-version 3.11 --platform macosx_11_0_arm64 \
+	    --platform macosx_14_0_arm64 --target $@ torch==$*
 
 # torch goes first and alone: resolved together with everything else, pip may settle on the newest torch, whose GPU
 # build asks for another triton than the one pinned.
@@ -89,5 +99,5 @@ $(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS)
 
 # Removes what the targets above made, the environment and the demo's report included.
 clean:
-	rm -rf $(VENV) .venv-triton .venv-transformers build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-triton .venv-transformers .venv-torch build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

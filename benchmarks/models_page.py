@@ -133,7 +133,8 @@ def block(families: Mapping[str, Any], document: Mapping[str, Any]) -> str:
         "|---|---|---|",
     ]
     for name, family in sorted(families.items(), key=lambda item: names.get(item[0], [item[0]])[0].lower()):
-        called = ", ".join(names.get(name, [name]))
+        # torch.nn's layers are tested on their own: they are no one architecture.
+        called = ", ".join(names.get(name, [name.replace("_", ".")]))
         lines.append(f"| {called} | {_text(family.attention)} | {_sites(family)} |")
     tested = " and ".join(f"transformers {version}" for version in versions)
     lines += ["", "## What is tested", "", f"With {tested} (`{document['command']}`)." if tested else ""]

@@ -60,6 +60,8 @@ class Packing:
         length: S, an upper bound of every sequence's length.
         bounds: cu_seqlens_q and cu_seqlens_k as plain numbers, on a CPU; None where reading them would wait
             for a GPU, and in a traced graph.
+        order: int64 [B], which sequence of the batch each is, sorted by length on a CPU; None where they
+            are in the batch's order.
     """
 
     rows: Tensor
@@ -69,6 +71,7 @@ class Packing:
     batch_size: int
     length: int
     bounds: tuple[list[int], list[int]] | None = None
+    order: Tensor | None = None
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Packing | None:
@@ -79,22 +82,27 @@ class Packing:
             return None
         first = torch.arange(length, device=mask.device) == 0
         computed = mask | first
+        bounds, order = None, None
+        if not traced and mask.device.type == "cpu":
+            # Sequences of one length side by side, which attention then computes in one call.
+            order = (computed.sum(1) * (length + 1) + mask.sum(1)).argsort(stable=True)
+            mask, computed = mask[order], computed[order]
         rows = computed.flatten().nonzero().squeeze(1)
         cu_seqlens_q = _bounds(computed)
         cu_seqlens_k, key_rows = cu_seqlens_q, None
         if traced or not bool(mask[:, 0].all()):
             cu_seqlens_k, key_rows = _bounds(mask), mask.flatten()[rows].nonzero().squeeze(1)
-        bounds = None
-        if not traced and mask.device.type == "cpu":
+        if order is not None:
             bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        return cls(rows, key_rows, cu_seqlens_q, cu_seqlens_k, batch_size, length, bounds)
+            rows = order[rows // length] * length + rows % length
+        return cls(rows, key_rows, cu_seqlens_q, cu_seqlens_k, batch_size, length, bounds, order)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, S, N] -> [1, Tq, N]: the computed tokens, sequence after sequence."""
         return padded.flatten(0, 1).index_select(0, self.rows).unsqueeze(0)
 
     def pack_rows(self, x: Tensor) -> Tensor:
-        """[B or 1, S, N] -> [1, Tq, N]: what belongs to the computed tokens, of one table or one a sequence."""
+        """[B or 1, S, N] -> [1, Tq, N]: what belongs to the computed tokens, of one table or one each."""
         return x[:, self.rows % self.length] if x.shape[0] == 1 else self.pack(x)
 
     def unpack(self, packed: Tensor) -> Tensor:

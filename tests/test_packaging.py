@@ -61,6 +61,7 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
         "fastattn/py.typed",
         "fastattn/ops/attention.py",
         "fastattn/demo/sentences.txt",
+        "fastattn/models/digests.json",
         "fastattn_kernels/attention.py",
         "fastattn_kernels/aot_table.csv",
     ):

@@ -488,8 +488,8 @@ def test_verify_on_given_inputs_leaves_mode_and_gradients_alone(model):
     fastattn.optimize(model)
     model.train()
     model.bert.embeddings.eval()
-    report = fastattn.verify(model, inputs={"input_ids": torch.randint(0, 400, (2, 5))})
-    assert [result.case for result in report.results] == ["given inputs"]
-    fastattn.verify(model)
+    inputs = {"input_ids": torch.randint(0, 400, (2, 5))}
+    report = fastattn.verify(model, inputs=inputs, cases=["given inputs", "gradients"])
+    assert {result.case for result in report.results} == {"given inputs", "gradients"}
     assert model.training and not model.bert.embeddings.training
     assert all(p.grad is None for p in model.parameters())

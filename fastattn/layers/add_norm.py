@@ -16,7 +16,8 @@ class AddLayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` of `residual + dropout(x)`, in one operation; also returns that sum.
 
     Args:
-        normalized_shape, eps, elementwise_affine, bias, device, dtype: as `torch.nn.LayerNorm` takes them, with its
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as `torch.nn.LayerNorm` takes them,
+        with its
             parameters.
         dropout: probability of dropping an element of x, in training.
 

@@ -37,8 +37,9 @@ class TorchLayer(FusedLayer):
 class MultiheadAttention(TorchLayer, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`: same constructor, state_dict, call and results.
 
-    One product computes query, key and value of self-attention; the scores are never stored unless the weights are
-    asked for. A query that may attend nothing gets zeros, and zero weights, where torch.nn gives NaN.
+    One product computes query, key and value of self-attention; the scores are never stored unless the
+    weights are asked for. A query that may attend nothing gets zeros, and zero weights, where torch.nn gives
+    NaN.
 
     Example:
         >>> import torch, fastattn
@@ -117,7 +118,7 @@ class MultiheadAttention(TorchLayer, nn.MultiheadAttention):
         return _join_heads(out, batch_first)
 
     def output(self, joined: Tensor) -> Tensor:
-        """The output projection; read, not called, as torch.nn does, unless something else stands in its place."""
+        """The output projection; read, as torch.nn does, and called only where it is no linear layer."""
         projection = self.out_proj
         if isinstance(projection, nn.Linear):
             return linear(joined, projection.weight, projection.bias)
@@ -131,7 +132,7 @@ class MultiheadAttention(TorchLayer, nn.MultiheadAttention):
     def _weighed(
         self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, batch_first: bool
     ) -> tuple[Tensor, Tensor]:
-        """As `attended`, with the weights [B, heads, L, S]; dropout, where it is on, is in them, as in torch.nn."""
+        """As `attended`, with the weights [B, heads, L, S], in which dropout shows, as in torch.nn's."""
         q, k, v, extra = self._heads(query, key, value, batch_first)
         q, k, v = autocast(q, k, v)
         batch, heads, length, head_dim = q.shape
@@ -223,7 +224,8 @@ class MultiheadAttention(TorchLayer, nn.MultiheadAttention):
         ):
             raise ValueError(
                 "key and value must have one length, and all one batch size "
-                f"({'batch first' if self.batch_first else 'length first'}); got {shapes_of(query, key, value)}"
+                f"({'batch first' if self.batch_first else 'length first'}); got "
+                + shapes_of(query, key, value)
             )
         if padding is not None and padding.dim() != dims - 1:
             expected = "[batch, keys]" if dims == 3 else "[keys]"
@@ -240,9 +242,12 @@ def _each_once(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
 def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> list[Tensor]:
     """`parts` projections of `x` whose weights follow one another in `weight`."""
     if is_traced(x) and not torch.compiler.is_dynamo_compiling():
-        # One node for an exported graph, whose runtime has no use for the wider product.
-        biases = [None] * parts if bias is None else bias.chunk(parts)
-        return ops.packed_linear(x, weight.chunk(parts), biases)
+        # One node for an exported graph, whose runtime has no use for the wider product; slices, because the
+        # exporter folds those of a parameter and not its chunks.
+        size = weight.shape[0] // parts
+        rows = [slice(index * size, (index + 1) * size) for index in range(parts)]
+        biases = [None if bias is None else bias[each] for each in rows]
+        return ops.packed_linear(x, [weight[each] for each in rows], biases)
     return list(linear(x, weight, bias).chunk(parts, dim=-1))
 
 

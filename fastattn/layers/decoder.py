@@ -123,7 +123,9 @@ class TransformerDecoderLayer(TorchLayer, nn.TransformerDecoderLayer):
     def _has_own_blocks(self) -> bool:
         """Whether a subclass overrides the parts that torch.nn's forward calls and this one does not."""
         blocks = ("_sa_block", "_mha_block", "_ff_block")
-        return any(getattr(type(self), each) is not getattr(nn.TransformerDecoderLayer, each) for each in blocks)
+        return any(
+            getattr(type(self), each) is not getattr(nn.TransformerDecoderLayer, each) for each in blocks
+        )
 
 
 class TransformerDecoder(TorchLayer, nn.TransformerDecoder):

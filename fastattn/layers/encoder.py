@@ -1,5 +1,5 @@
-"""nn.TransformerEncoderLayer and nn.TransformerEncoder: the same parameters, signatures and masks, fused and, where
-there is padding, on real tokens only.
+"""nn.TransformerEncoderLayer and nn.TransformerEncoder: the same parameters, signatures and masks, fused and,
+where there is padding, on real tokens only.
 """
 
 from __future__ import annotations
@@ -131,11 +131,12 @@ class TransformerEncoderLayer(TorchLayer, nn.TransformerEncoderLayer):
 class TransformerEncoder(TorchLayer, nn.TransformerEncoder):
     """`torch.nn.TransformerEncoder`: same constructor, state_dict, call and results at real positions.
 
-    Given `src_key_padding_mask`, every layer runs on real tokens only, in training and evaluation, with either
-    residual order and memory layout, and with the causal mask; the output has src's shape, zeros where there is
-    padding (the first position of a sequence is always computed). With `enable_nested_tensor=False`, with another
-    mask, under `torch.compile`, and where a hook on an inner module would see packed tensors, the batch runs padded,
-    as torch.nn's does. Layers that are not exactly `TransformerEncoderLayer` run as torch.nn's encoder runs them.
+    Given `src_key_padding_mask`, every layer runs on real tokens only, in training and evaluation, with
+    either residual order and memory layout, and with the causal mask; the output has src's shape, zeros where
+    there is padding (the first position of a sequence is always computed). With `enable_nested_tensor=False`,
+    with another mask, under `torch.compile`, and where a hook on an inner module would see packed tensors,
+    the batch runs padded, as torch.nn's does. Layers that are not exactly `TransformerEncoderLayer` run as
+    torch.nn's encoder runs them.
 
     Example:
         >>> import torch, fastattn
@@ -214,7 +215,7 @@ class TransformerEncoder(TorchLayer, nn.TransformerEncoder):
         visibility = Visibility(packing=packing, causal=causal)
         total, pending = packing.pack(x), None
         for layer in self.layers:
-            total, pending = layer.advance(total, pending, visibility)  # type: ignore[operator]
+            total, pending = layer.advance(total, pending, visibility)
         if self.norm is None:
             return packing.unpack(settled(total, pending))
         if is_token_wise(self.norm):
@@ -255,7 +256,7 @@ class TransformerEncoder(TorchLayer, nn.TransformerEncoder):
             if is_observed(module):
                 return f"a hook or replaced forward on a {type(module).__name__} would see packed tensors"
         for layer in self.layers:
-            reason = layer.cannot_pack()  # type: ignore[operator]
+            reason = layer.cannot_pack()
             if reason is not None:
                 return str(reason)
         return None
@@ -285,8 +286,7 @@ def with_batch(src: Tensor, padding: Tensor | None, batch_first: bool) -> tuple[
         return src, padding
     if src.dim() != 2:
         raise ValueError(
-            "the input must be [length, features] or, batched, of three dimensions; "
-            f"got {list(src.shape)}"
+            f"the input must be [length, features] or, batched, of three dimensions; got {list(src.shape)}"
         )
     if padding is not None and padding.dim() == 1:
         padding = padding.unsqueeze(0)

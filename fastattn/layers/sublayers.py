@@ -1,8 +1,9 @@
-"""The parts of torch.nn's Transformer layers: attention and feed-forward, each added to the residual stream, and the
-norms between them.
+"""The parts of torch.nn's Transformer layers: attention and feed-forward, each added to the residual stream,
+and the norms between them.
 
-A sum is carried as (total, pending): on a GPU and in graphs what was added last waits for the norm that follows, to be
-one operation with it; in PyTorch on a CPU it is added at once, in place on the product nobody else has seen.
+A sum is carried as (total, pending): on a GPU and in graphs what was added last waits for the norm that
+follows, to be one operation with it; in PyTorch on a CPU it is added at once, in place on the product nobody
+else has seen.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, relu
 from torch.nn.functional import dropout as drop
+from torch.nn.functional import linear, relu
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.layers.attention import MultiheadAttention
@@ -118,6 +119,8 @@ def _add_product(total: Tensor, x: Tensor, dense: nn.Linear, dropout: nn.Module)
     if fused is not None:
         return fused, None
     product = linear(x, dense.weight, dense.bias)
-    if product.dtype != total.dtype or (torch.is_grad_enabled() and (product.requires_grad or total.requires_grad)):
+    if product.dtype != total.dtype or (
+        torch.is_grad_enabled() and (product.requires_grad or total.requires_grad)
+    ):
         return total + product, None
     return product.add_(total), None

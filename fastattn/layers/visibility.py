@@ -1,4 +1,4 @@
-"""Which keys the queries of one torch.nn attention call see, from torch.nn's masks to the operations' arguments."""
+"""Which keys the queries of one attention call see: torch.nn's masks as the operations' arguments."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ __all__ = ["Visibility", "is_causal_mask", "may_branch", "padding_of"]
 
 
 class Visibility:
-    """torch.nn's masks (bool True = ignore, float = added) of one call, turned once for all layers that share them.
+    """torch.nn's masks (bool True = ignore, float = added) of one call, turned once for all layers that share
+    them.
 
     Attributes:
         key_padding_mask: [B, S] or None.
         attn_mask: [L, S], [B * heads, L, S] or None.
-        is_causal: torch.nn's hint that `attn_mask` is the causal mask; the mask is read where torch.nn reads it.
+        is_causal: torch.nn's hint that `attn_mask` is the causal mask; the mask is read where torch.nn reads
+            it.
         causal: `attn_mask` is known to be the causal mask and need not be read.
         packing: the layout of a packed batch, whose padding is already gone; the masks are then None.
     """
@@ -95,14 +97,14 @@ class Visibility:
 
 
 def may_branch(x: Tensor) -> bool:
-    """Whether the course of the program may depend on the values of `x`: outside every kind of tracing, the old
-    `torch.jit.trace` included, which would keep the one course it saw.
+    """Whether the course of the program may depend on the values of `x`: outside every kind of tracing, the
+    old `torch.jit.trace` included, which would keep the one course it saw.
     """
     return not is_traced(x) and not torch.jit.is_tracing()
 
 
 def _with_extra(mask: Tensor, extra: int) -> Tensor:
-    """The mask with `extra` visible keys appended: True in a mask of visible keys, False or 0 in torch.nn's."""
+    """The mask with `extra` visible keys appended: True in our masks, False or 0 in torch.nn's."""
     if not extra:
         return mask
     visible = mask.dtype == torch.bool and mask.dim() == 2
@@ -121,7 +123,7 @@ def _four_dimensional(mask: Tensor, batch: int, heads: int, length: int, keys: i
 
 
 def is_causal_mask(mask: Tensor | None, length: int) -> bool:
-    """Whether a mask is exactly the causal one of `length` positions; False where its values cannot be read."""
+    """Whether a mask is exactly the causal one of `length` positions; False where it cannot be read."""
     if mask is None or mask.shape != (length, length) or not may_branch(mask):
         return False
     hidden = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
@@ -131,8 +133,8 @@ def is_causal_mask(mask: Tensor | None, length: int) -> bool:
 
 
 def padding_of(mask: Tensor) -> Tensor | None:
-    """Which positions a key padding mask hides, bool [B, S]; None where it is a float mask that does more than hide,
-    or one whose values cannot be read.
+    """Which positions a key padding mask hides, bool [B, S]; None where it is a float mask that does more
+    than hide, or one whose values cannot be read.
     """
     if mask.dtype == torch.bool:
         return mask

@@ -10,7 +10,7 @@ from transformers.models.bloom import modeling_bloom
 
 from fastattn.layers import FusedLayer, ResidualLayer, activated_linear, is_observed, project
 from fastattn.models.family import Family, Site
-from fastattn.models.own_attention import attend
+from fastattn.models.interface import attention_forward
 from fastattn.ops.registration import runs_in_pytorch
 
 __all__ = ["FAMILY"]
@@ -54,16 +54,18 @@ class BloomAttention(FusedLayer, modeling_bloom.BloomAttention):
             # scores is written. Nothing is lost: the model takes no masks but its own, in which a key is
             # hidden or is not.
             attention_mask = attention_mask == 0
-        attended = attend(
+        attended, _ = attention_forward(
+            self,
             query,
             key,
             value,
             attention_mask,
-            bias=alibi.view(query.shape[0], self.num_heads, 1, -1),
-            scale=self.inv_norm_factor,
-            dropout_p=self.attention_dropout.p if self.training else 0.0,
+            dropout=self.attention_dropout.p if self.training else 0.0,
+            scaling=self.inv_norm_factor,
+            position_bias=alibi.view(query.shape[0], self.num_heads, 1, -1),
+            output_attentions=False,
         )
-        output = project(attended, [self.dense])[0]
+        output = project(attended.flatten(2), [self.dense])[0]
         if residual is not None:
             output = residual + dropout(output, self.hidden_dropout, self.training)
         return output, None

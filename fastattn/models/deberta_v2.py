@@ -1,12 +1,12 @@
 """DeBERTa v2 and v3: BERT's layers around disentangled attention, in some a convolution beside the first.
 
 No kernel computes disentangled attention: its scores stay PyTorch's, as the original's formula has them, but
-of each sequence alone and of the distances that occur in it.
+of sequences without their padding and of the distances that occur in them.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -48,11 +48,14 @@ class DisentangledSelfAttention(FusedLayer, modeling_deberta_v2.DisentangledSelf
             real = packing.unpack(hidden_states.new_ones(1, packing.rows.shape[0], 1))[..., 0].bool()
             out = self._attend(query, key, value, relative_pos, tables, real[:, None, None])
             return packing.pack(out), None
-        query, key, value = map(self._heads, projected)
-        outs = [
-            self._attend(*(x[:, :, start:end] for x in (query, key, value)), relative_pos, tables)
-            for start, end in pairwise(packing.bounds[0])
-        ]
+        outs: list[Tensor] = []
+        for length, sequences in groupby(end - start for start, end in pairwise(packing.bounds[0])):
+            count, done = len(list(sequences)), sum(out.shape[1] for out in outs)
+            query, key, value = (
+                self._heads(x[0, done : done + count * length].view(count, length, -1)) for x in projected
+            )
+            out = self._attend(query, key, value, relative_pos, tables)
+            outs.append(out.flatten(0, 1).unsqueeze(0))
         return torch.cat(outs, dim=1), None
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -212,7 +215,7 @@ FAMILY = Family(
     ),
     limits=(
         "no kernel computes disentangled attention: of a packed batch its scores are PyTorch's, on a CPU of "
-        "one sequence at a time; without padding the original's forward computes them",
+        "sequences of one length at a time; without padding the original's forward computes them",
         "with padding on the left its padded rows are computed, as the original's attend to all of them",
     ),
 )

@@ -135,17 +135,17 @@ def _mask_form(module: ModuleType) -> str:
     models = [each for each in layers if hasattr(each, "_supports_flash_attn")]
     flash = all(each._supports_flash_attn for each in models) or module.__name__ in _BIASED
     if flash and not hasattr(module, "is_flash_attention_requested"):
-        return "padding" if all(map(_says_whether_causal, dispatching)) else "boolean"
+        return "padding" if all(_says_whether_causal(each) for each in dispatching) else "boolean"
     return "boolean" if flash or all(each._supports_sdpa for each in models) else "additive"
 
 
-def _says_whether_causal(cls: type[nn.Module]) -> bool:
+def _says_whether_causal(cls: type[Any]) -> bool:
     if hasattr(cls, "is_causal") or "is_causal" in _keywords(_forward(cls)):
         return True
     return any("is_causal" in _names(vars(base).get("__init__")) for base in inspect.getmro(cls))
 
 
-def _computes_attention(cls: type[nn.Module]) -> bool:
+def _computes_attention(cls: type[Any]) -> bool:
     if dispatches(cls):
         return False
     own = [each for each in vars(cls).values() if inspect.isfunction(each)]

@@ -5,6 +5,8 @@ torch) that have it so. `optimize` leaves alone a layer whose original is none o
 
 python -m fastattn.models.drift             # is what is installed known? exit status 1 where it is not
 python -m fastattn.models.drift --record    # adds what is installed to digests.json: after reading the change
+
+`make digests` records every supported version of transformers and torch.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from torch import nn
 
 from fastattn.models.family import Family, known_families, load_family
 
-__all__ = ["Method", "families", "main", "record", "replaced_methods", "unknown"]
+__all__ = ["Method", "families", "from_sources", "main", "record", "replaced_methods", "unknown"]
 
 DIGESTS = Path(__file__).with_name("digests.json")
 
@@ -93,7 +97,9 @@ def _signature(function: Callable[..., Any]) -> str:
     parameters = [
         parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
     ]
-    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+    text = str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+    # A default that is a function prints its address.
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 @cache
@@ -127,7 +133,10 @@ def problem(method: Method, records: Records) -> str | None:
     return f"{method.package} {method.version} changed {method.short_name} since it was checked"
 
 
-@cache
+# Kept by hand: to mypy a class is no key of functools.cache.
+_unknown: dict[type[Any], str | None] = {}
+
+
 def unknown(replacement: type[Any]) -> str | None:
     """Why a layer must not be swapped: what it would replace is not what the replacement was written for.
 
@@ -137,14 +146,41 @@ def unknown(replacement: type[Any]) -> str | None:
     Returns:
         The first method that is unknown, in words; None where all are known.
     """
-    problems = (problem(method, _records()) for method in replaced_methods(replacement))
-    return next((text for text in problems if text), None)
+    if replacement not in _unknown:
+        problems = (problem(method, _records()) for method in replaced_methods(replacement))
+        _unknown[replacement] = next((text for text in problems if text), None)
+    return _unknown[replacement]
 
 
 def families() -> Iterator[Family]:
     """Every family of the registry, its adapter loaded."""
     for name in known_families():
         yield load_family(name)
+
+
+def from_sources(found: Iterable[Method], folder: Path) -> Iterator[Method]:
+    """Those methods of `found` that are torch's, as the version whose `torch` lies in `folder` has them.
+
+    Its sources are read by the torch that runs: another one's binaries need not fit this machine.
+    """
+    about = (folder / "torch" / "version.py").read_text(encoding="utf-8")
+    version = about.partition("__version__ = ")[2].splitlines()[0].strip("'\"").partition("+")[0]
+    modules: dict[str, Any] = {}
+    for method in found:
+        module, owner, name = method.name.rsplit(".", 2)
+        if method.package != "torch":
+            continue
+        if module not in modules:
+            spec = util.spec_from_file_location(
+                module, (folder / module.replace(".", "/")).with_suffix(".py")
+            )
+            assert spec is not None and spec.loader is not None
+            modules[module] = util.module_from_spec(spec)
+            spec.loader.exec_module(modules[module])
+        cls = getattr(modules[module], owner, object)
+        function = _function(vars(cls).get(name))
+        if function is not None:
+            yield replace(_method(cls, name, function), version=version)
 
 
 def record(found: Iterable[Method], path: Path = DIGESTS) -> None:
@@ -189,6 +225,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--record", action="store_true", help="add the installed versions to the file")
+    parser.add_argument(
+        "--torch", type=Path, metavar="FOLDER", help="record the torch unpacked there, not what is installed"
+    )
     parser.add_argument("--file", type=Path, default=DIGESTS)
     args = parser.parse_args(argv)
     found = [
@@ -197,8 +236,9 @@ def main(argv: list[str] | None = None) -> int:
         for site in family.sites
         for method in replaced_methods(site.replacement)
     ]
-    if args.record:
-        record((method for _, method in found), args.file)
+    if args.record or args.torch:
+        methods = [method for _, method in found]
+        record(methods if args.torch is None else from_sources(methods, args.torch), args.file)
         return 0
     records = read(args.file)
     problems = {f"{name}: {text}" for name, method in found if (text := problem(method, records))}

@@ -1,5 +1,5 @@
-"""Layers of BART and the encoder-decoders made after it, written with a residual stream: normalized after each
-addition (BART, Marian) or before each sublayer (mBART, Pegasus, Whisper).
+"""Layers of BART and the encoder-decoders made after it, written with a residual stream: normalized after
+each addition (BART, Marian) or before each sublayer (mBART, Pegasus, Whisper).
 
 Their encoders hold no stack of their own, so each encoder layer runs packed, and hands the packed tokens on.
 """
@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout
 
 from fastattn.layers import ResidualLayer, activated_linear, project
+from fastattn.ops.registration import runs_in_pytorch
 
 __all__ = [
     "PostNormDecoderLayer",
@@ -22,6 +23,9 @@ __all__ = [
     "within_half",
 ]
 
+# Below so many rows bfloat16's fused linear layers gain nothing either.
+FEW_ROWS = 16
+
 
 def within_half(x: Tensor) -> Tensor:
     """A float16 tensor with nothing beyond the largest number less 1,000, which leaves room to add to it."""
@@ -29,27 +33,37 @@ def within_half(x: Tensor) -> Tensor:
     return x.clamp(min=-limit, max=limit)
 
 
+def _calls_cost_most(x: Tensor) -> bool:
+    """Whether the original's forward is as fast as any: in a step of decoding on a CPU nothing is fused, and
+    every call more shows.
+    """
+    return runs_in_pytorch(x) and x.shape[0] * x.shape[1] < FEW_ROWS
+
+
 class _Layer(ResidualLayer):
     """What all four layers share: the feed-forward part between its norm and its addition."""
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        modules = self._modules
-        expanded = activated_linear(x, modules["fc1"], self.activation_fn)  # type: ignore[arg-type]
+        fc1, fc2 = self._modules["fc1"], self._modules["fc2"]
+        assert fc1 is not None and fc2 is not None
+        expanded = activated_linear(x, fc1, self.activation_fn)
         if self.training:
-            expanded = dropout(expanded, p=self.activation_dropout)  # type: ignore[arg-type]
-        return project(expanded, [modules["fc2"]])[0]  # type: ignore[list-item]
+            expanded = dropout(expanded, p=self.activation_dropout)
+        return project(expanded, [fc2])[0]
 
 
 class PostNormEncoderLayer(_Layer):
     """norm(x + attention(x)), then norm(x + mlp(x)): BART, Marian."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        if _calls_cost_most(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
         stream = self.residual_stream(hidden_states)
         attended, _ = self.self_attn(hidden_states, attention_mask=attention_mask, **kwargs)
-        stream.add(attended, self.dropout)  # type: ignore[arg-type]
-        hidden_states = stream.normalize(self.self_attn_layer_norm)  # type: ignore[arg-type]
-        stream.add(self.feed_forward(hidden_states), self.dropout)  # type: ignore[arg-type]
-        hidden_states = stream.normalize(self.final_layer_norm)  # type: ignore[arg-type]
+        stream.add(attended, self.dropout)
+        hidden_states = stream.normalize(self.self_attn_layer_norm)
+        stream.add(self.feed_forward(hidden_states), self.dropout)
+        hidden_states = stream.normalize(self.final_layer_norm)
         if hidden_states.dtype == torch.float16 and not torch.isfinite(hidden_states).all():
             hidden_states = within_half(hidden_states)
         return hidden_states
@@ -68,12 +82,22 @@ class PostNormDecoderLayer(_Layer):
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> Tensor:
+        if _calls_cost_most(hidden_states):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values,
+                use_cache,
+                **kwargs,
+            )
         stream = self.residual_stream(hidden_states)
         attended, _ = self.self_attn(
             hidden_states, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
         )
-        stream.add(attended, self.dropout)  # type: ignore[arg-type]
-        hidden_states = stream.normalize(self.self_attn_layer_norm)  # type: ignore[arg-type]
+        stream.add(attended, self.dropout)
+        hidden_states = stream.normalize(self.self_attn_layer_norm)
         if encoder_hidden_states is not None:
             attended, _ = self.encoder_attn(
                 hidden_states,
@@ -82,10 +106,10 @@ class PostNormDecoderLayer(_Layer):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            stream.add(attended, self.dropout)  # type: ignore[arg-type]
-            hidden_states = stream.normalize(self.encoder_attn_layer_norm)  # type: ignore[arg-type]
-        stream.add(self.feed_forward(hidden_states), self.dropout)  # type: ignore[arg-type]
-        return stream.normalize(self.final_layer_norm)  # type: ignore[arg-type]
+            stream.add(attended, self.dropout)
+            hidden_states = stream.normalize(self.encoder_attn_layer_norm)
+        stream.add(self.feed_forward(hidden_states), self.dropout)
+        return stream.normalize(self.final_layer_norm)
 
 
 class PreNormEncoderLayer(_Layer):
@@ -94,14 +118,16 @@ class PreNormEncoderLayer(_Layer):
     entry_norm_name: ClassVar[str] = "self_attn_layer_norm"
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        if _calls_cost_most(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
         stream = self.residual_stream(hidden_states)
         attended, _ = self.self_attn(
-            hidden_states=stream.norm(self.self_attn_layer_norm),  # type: ignore[arg-type]
+            hidden_states=stream.norm(self.self_attn_layer_norm),
             attention_mask=attention_mask,
             **kwargs,
         )
-        stream.add(attended, self.dropout)  # type: ignore[arg-type]
-        stream.add(self.feed_forward(stream.norm(self.final_layer_norm)), self.dropout)  # type: ignore[arg-type]
+        stream.add(attended, self.dropout)
+        stream.add(self.feed_forward(stream.norm(self.final_layer_norm)), self.dropout)
         # The next layer's norm is that of the clamped sum, so it cannot be computed with the sum.
         return within_half(stream.value) if hidden_states.dtype == torch.float16 else stream.leave()
 
@@ -121,22 +147,32 @@ class PreNormCrossDecoderLayer(_Layer):
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> Tensor:
+        if _calls_cost_most(hidden_states):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values,
+                use_cache,
+                **kwargs,
+            )
         stream = self.residual_stream(hidden_states)
         attended, _ = self.self_attn(
-            hidden_states=stream.norm(self.self_attn_layer_norm),  # type: ignore[arg-type]
+            hidden_states=stream.norm(self.self_attn_layer_norm),
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             **kwargs,
         )
-        stream.add(attended, self.dropout)  # type: ignore[arg-type]
+        stream.add(attended, self.dropout)
         if encoder_hidden_states is not None:
             attended, _ = self.encoder_attn(
-                hidden_states=stream.norm(self.encoder_attn_layer_norm),  # type: ignore[arg-type]
+                hidden_states=stream.norm(self.encoder_attn_layer_norm),
                 key_value_states=encoder_hidden_states,
                 attention_mask=encoder_attention_mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            stream.add(attended, self.dropout)  # type: ignore[arg-type]
-        stream.add(self.feed_forward(stream.norm(self.final_layer_norm)), self.dropout)  # type: ignore[arg-type]
+            stream.add(attended, self.dropout)
+        stream.add(self.feed_forward(stream.norm(self.final_layer_norm)), self.dropout)
         return stream.leave()

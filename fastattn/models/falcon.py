@@ -16,7 +16,7 @@ from fastattn.layers import FusedLayer, ResidualLayer
 from fastattn.layers.fused import approximation_of
 from fastattn.layers.plain import is_observed, is_plain
 from fastattn.models.family import Family, Site
-from fastattn.models.own_attention import attend
+from fastattn.models.interface import attention_forward
 from fastattn.ops.registration import runs_in_pytorch
 
 __all__ = ["FAMILY"]
@@ -60,7 +60,9 @@ class FalconAttention(FusedLayer, modeling_falcon.FalconAttention):
         query, key, value = self._heads(self.query_key_value(hidden_states))
         if alibi is None:
             assert position_embeddings is not None
-            query, key = ops.rotary(query, key, *position_embeddings)
+            # For the one token of a decoding step the original's is quicker where there is no kernel.
+            rotate = modeling_falcon.apply_rotary_pos_emb if runs_in_pytorch(query) else ops.rotary
+            query, key = rotate(query, key, *position_embeddings)
         if layer_past is not None:
             if self.new_decoder_architecture:
                 # Caches hold every query head's keys, as the original's do.
@@ -70,19 +72,21 @@ class FalconAttention(FusedLayer, modeling_falcon.FalconAttention):
         bias = None
         if alibi is not None and not fused:
             bias = alibi.view(query.shape[0], self.num_heads, 1, -1) * self.inv_norm_factor
-        attended = attend(
+        attended, _ = attention_forward(
+            self,
             query,
             key,
             value,
             attention_mask,
-            bias=bias,
-            scale=self.inv_norm_factor,
-            causal=self.is_causal and attention_mask is None and query.shape[2] > 1,
-            query_start=0,
             # The original drops weights under ALiBi alone.
-            dropout_p=self.attention_dropout.p if self.training and alibi is not None else 0.0,
+            dropout=self.attention_dropout.p if self.training and alibi is not None else 0.0,
+            scaling=self.inv_norm_factor,
+            position_bias=bias,
+            # Without a mask, as SDPA counts.
+            query_start=0 if attention_mask is None and query.shape[2] > 1 else None,
+            output_attentions=False,
         )
-        return self.dense(attended), None
+        return self.dense(attended.flatten(2)), None
 
     def _heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, Hq, S, D], key and value [B, Hkv, S, D], of the joint projection."""

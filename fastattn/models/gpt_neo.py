@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers.models.gpt_neo import modeling_gpt_neo
 
+from fastattn import ops
 from fastattn.layers import FusedLayer, ResidualLayer, project
 from fastattn.models.decoder import FusedMLP
 from fastattn.models.family import Family, Site
-from fastattn.models.own_attention import attend
+from fastattn.models.interface import attention_forward
 
 __all__ = ["FAMILY"]
 
@@ -42,18 +43,28 @@ class GPTNeoSelfAttention(FusedLayer, modeling_gpt_neo.GPTNeoSelfAttention):
         )
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_id)
-        attended = attend(
-            query,
-            key,
-            value,
-            attention_mask,
-            scale=1.0,
-            # Whatever the mask says, the layer hides what comes later or lies before its window, counted
-            # from the last key.
-            causal=True,
-            window=(self.config.window_size - 1, 0) if local else None,
-            dropout_p=self.attn_dropout.p if self.training else 0.0,
-        )
+        dropout_p = self.attn_dropout.p if self.training else 0.0
+        window = (self.config.window_size - 1, 0) if local else None
+        if query.shape[2] == 1 and (window is None or key.shape[2] <= window[0] + 1):
+            attended, _ = attention_forward(
+                self, query, key, value, attention_mask, dropout_p, scaling=1.0, output_attentions=False
+            )
+            attended = attended.flatten(2)
+        else:
+            # Whatever the mask says, the layer hides what comes later or lies before its window, counted from
+            # the last key.
+            out = ops.attention(
+                query,
+                key,
+                value,
+                bias=attention_mask,
+                causal=True,
+                window=window,
+                scale=1.0,
+                dropout_p=dropout_p,
+            )
+            assert isinstance(out, Tensor)
+            attended = out.transpose(1, 2).flatten(2)
         return self.resid_dropout(project(attended, [self.out_proj])[0]), None
 
 
@@ -99,7 +110,7 @@ FAMILY = Family(
         Site("residual_norm", GPTNeoBlock),
     ),
     limits=(
-        "with a static cache a local layer runs the original's forward, which counts its window from the end of "
-        "the cache, not of the sequence",
+        "with a static cache a local layer runs the original's forward, which counts its window from the end "
+        "of the cache, not of the sequence",
     ),
 )

@@ -13,7 +13,7 @@ from fastattn import ops
 from fastattn.layers import FusedLayer, ResidualLayer, project
 from fastattn.models.decoder import FusedMLP
 from fastattn.models.family import Family, Site
-from fastattn.models.own_attention import attend
+from fastattn.models.interface import attention_forward
 
 __all__ = ["FAMILY"]
 
@@ -54,15 +54,19 @@ class GPTJAttention(FusedLayer, modeling_gptj.GPTJAttention):
         query, key = ops.rotary(query, key, cos, sin, interleaved=True)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        attended = attend(
+        attended, _ = attention_forward(
+            self,
             query,
             key,
             value,
             attention_mask,
-            scale=1.0 / self.scale_attn,
-            dropout_p=self.attn_dropout.p if self.training else 0.0,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=1.0 / self.scale_attn,
+            # What hides a key is the mask alone.
+            is_causal=False,
+            output_attentions=False,
         )
-        return self.resid_dropout(project(attended, [self.out_proj])[0]), None
+        return self.resid_dropout(project(attended.flatten(2), [self.out_proj])[0]), None
 
 
 class GPTJMLP(FusedMLP, modeling_gptj.GPTJMLP):

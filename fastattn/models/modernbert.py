@@ -86,7 +86,9 @@ class _PreNormLayer(ResidualLayer):
         return stream.leave()
 
 
-class ModernBertEncoderLayer(PackedRegion, _PreNormLayer, modeling_modernbert.ModernBertEncoderLayer):
+class ModernBertEncoderLayer(  # type: ignore[misc]
+    PackedRegion, _PreNormLayer, modeling_modernbert.ModernBertEncoderLayer
+):
     fastattn_original = modeling_modernbert.ModernBertEncoderLayer
     # Rotary positions are gathered, but a window counts neighbours.
     relative_positions = True

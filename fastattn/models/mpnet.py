@@ -143,7 +143,7 @@ class MPNetEncoder(PackedRegion, _Stack, modeling_mpnet.MPNetEncoder):
     fastattn_original = modeling_mpnet.MPNetEncoder
     relative_positions = True
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,

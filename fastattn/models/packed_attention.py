@@ -58,6 +58,8 @@ def packed_attention(
             )
         if packing.key_rows is not None:
             raise ValueError("a position_bias of the padded batch needs its padding on the right")
+        if packing.order is not None and dense.shape[0] > 1:
+            dense = dense[packing.order]
     if bounds is not None and dropout_p == 0.0:
         left, right = window or (-1, -1)
         terms = AttentionTerms(

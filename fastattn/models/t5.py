@@ -1,18 +1,20 @@
-"""The T5 family: relative positions, RMS norms, attention whose scores are not scaled; with ReLU (T5) or a gated
-GELU (v1.1).
+"""The T5 family: relative positions, RMS norms, attention whose scores are not scaled; with ReLU (T5) or a
+gated GELU (v1.1).
 
-Residual connections and norms are inside a layer's parts, so the parts are the residual layers and borders run
-through them. The bias of relative positions is made by the first layer and handed on by the stack to the others:
-a tensor on a CPU, where making it once is cheapest, and the `RelativeBias` it comes from where kernels run, which
-compute it as they go. Cross-attention has none, where the original adds zeros.
+Residual connections and norms are inside a layer's parts, so the parts are the residual layers and borders
+run through them. The bias of relative positions is made by the first layer and handed on by the stack to the
+others: a tensor in PyTorch, where making it once is cheapest, and the `RelativeBias` it comes from where
+kernels run, which compute it as they go. Cross-attention has none, where the original adds zeros.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding, pad, rms_norm
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.t5 import modeling_t5
 
@@ -30,9 +32,8 @@ from fastattn.models.family import Family, Site
 from fastattn.models.interface import NAME, attention_forward
 from fastattn.models.packed import PackedRegion
 from fastattn.ops import RelativeBias
-from fastattn.ops.attention_terms import AttentionTerms
 from fastattn.ops.registration import runs_in_pytorch
-from fastattn.ops.relative_bias import relative_terms
+from fastattn.ops.relative_bias import bucket_of_distance
 from fastattn.ops.validation import is_traced
 from fastattn.packing import Packing
 
@@ -48,6 +49,8 @@ def _as_normalized(normalized: Tensor, norm: nn.Module) -> Tensor:
     """
     dtype = norm.weight.dtype
     assert isinstance(dtype, torch.dtype)
+    if dtype == normalized.dtype:
+        return normalized
     if dtype not in _HALF:
         dtype = torch.promote_types(normalized.dtype, torch.float32)
     return normalized.to(dtype)
@@ -57,7 +60,13 @@ class T5LayerNorm(FusedRMSNorm, modeling_t5.T5LayerNorm):
     fastattn_original = modeling_t5.T5LayerNorm
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype == self.weight.dtype:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if hidden_states.dtype == weight.dtype:
+            if runs_in_pytorch(hidden_states):
+                # Nothing is handed over here, and in a step of decoding every call shows.
+                normalized = rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+                return normalized.to(weight.dtype)
             return super().forward(hidden_states)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         return _as_normalized(super().forward(hidden_states.to(dtype)), self)
@@ -95,7 +104,8 @@ class T5Attention(FusedLayer, modeling_t5.T5Attention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | RelativeBias | None, Tensor | None]:
         crosses = key_value_states is not None
-        past, cache, reuses = 0, past_key_values, False
+        past: int | Tensor = 0
+        cache, reuses = past_key_values, False
         if past_key_values is not None:
             if not crosses:
                 past = past_key_values.get_seq_length(self.layer_idx)
@@ -105,13 +115,13 @@ class T5Attention(FusedLayer, modeling_t5.T5Attention):
                 cache = getattr(past_key_values, f"{'cross' if crosses else 'self'}_attention_cache")
                 reuses = crosses and past_key_values.is_updated.get(self.layer_idx)
         if reuses:
-            (query,) = project(hidden_states, [self.q])
+            query = self.q(hidden_states)
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
             if key_value_states is None:
                 query, key, value = project(hidden_states, [self.q, self.k, self.v])
             else:
-                (query,) = project(hidden_states, [self.q])
+                query = self.q(hidden_states)
                 key, value = project(key_value_states, [self.k, self.v])
             key, value = self._heads(key), self._heads(value)
             if cache is not None:
@@ -123,6 +133,8 @@ class T5Attention(FusedLayer, modeling_t5.T5Attention):
             position_bias = self._position_bias(query, key, mask, past)
         if isinstance(position_bias, RelativeBias) and not isinstance(mask, Packing):
             kwargs["query_start"] = past.expand(len(query)) if isinstance(past, Tensor) else past
+        elif getattr(position_bias, "fastattn_hides_future", False):
+            kwargs["is_causal"] = False
         out, weights = attention_forward(
             self,
             query,
@@ -134,7 +146,7 @@ class T5Attention(FusedLayer, modeling_t5.T5Attention):
             position_bias=position_bias,
             **kwargs,
         )
-        return project(out.flatten(2), [self.o])[0], position_bias, weights
+        return self.o(out.flatten(2)), position_bias, weights
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.key_value_proj_dim).transpose(1, 2)
@@ -153,7 +165,7 @@ class T5Attention(FusedLayer, modeling_t5.T5Attention):
     ) -> Tensor | RelativeBias:
         """The bias that this layer and those after it add."""
         relative = self.relative_bias()
-        # A row of nothing but padding is packed as one query without keys, which no part of a tensor is the bias of.
+        # A row of nothing but padding is packed as one query without keys, the bias of no part of a tensor.
         without_keys = isinstance(mask, Packing) and mask.key_rows is not None
         if relative is not None and (
             without_keys or (_runs_kernels(query) and self.config._attn_implementation == NAME)
@@ -162,13 +174,45 @@ class T5Attention(FusedLayer, modeling_t5.T5Attention):
         length, keys = query.shape[2], key.shape[2]
         if isinstance(mask, Packing):
             length = keys = mask.length
-        if relative is None or is_traced(query):
+        if relative is None or is_traced(query) or length == 0:
             bias: Tensor = self.compute_bias(length, keys, device=query.device, past_seen_tokens=past)
             return bias
-        terms = AttentionTerms(query_start=int(past), **relative_terms(relative))
-        added = terms.added((0, length), (0, keys), query.device, relative.table.dtype)
-        assert added is not None
-        return added
+        dense = _dense(relative, length, keys, int(past), self.is_causal)
+        if self.is_causal:
+            # Where this is lost, as on a copy of the tensor, causality is only computed again.
+            dense.fastattn_hides_future = True  # type: ignore[attr-defined]
+        return dense
+
+
+def _dense(relative: RelativeBias, length: int, keys: int, start: int, causal: bool) -> Tensor:
+    """The bias of `length` queries from position `start` on, -inf for keys after the query where `causal`:
+    [1, Hq, length, keys].
+
+    Looked up once a distance, not once a query and key: each row is the one below it, moved on by one.
+    """
+    furthest = relative.max_distance
+    buckets = _buckets(relative.kind, relative.table.shape[0], furthest, relative.table.device)
+    last = start + length - 1
+    if last <= furthest and keys - 1 - start <= furthest:
+        buckets = buckets[furthest - last : furthest - start + keys]
+    else:
+        buckets = buckets[
+            torch.arange(-last, keys - start, device=buckets.device).clamp_(-furthest, furthest) + furthest
+        ]
+    by_distance = embedding(buckets, relative.table).t()[None]
+    future = keys - 1 - start
+    if causal and future > 0:
+        by_distance = pad(by_distance[..., :-future], (0, future), value=float("-inf"))
+    if length == 1:
+        return by_distance[:, :, None].contiguous()
+    return by_distance.unfold(2, keys, 1).flip(2)
+
+
+@lru_cache(maxsize=16)
+def _buckets(kind: str, count: int, furthest: int, device: torch.device) -> Tensor:
+    """The bucket of each distance from -furthest to furthest."""
+    with torch.inference_mode(False):
+        return torch.tensor(bucket_of_distance(kind, count, furthest), device=device)
 
 
 def _runs_kernels(x: Tensor) -> bool:
@@ -176,7 +220,11 @@ def _runs_kernels(x: Tensor) -> bool:
 
 
 class _Part(ResidualLayer):
-    """What the three parts of a layer share: a norm before and dropout after."""
+    """What the three parts of a layer share: a norm before and dropout after.
+
+    In PyTorch an addition and the norm after it are two calls either way: the original's forward runs there,
+    on the swapped norm and attention.
+    """
 
     entry_norm_name = "layer_norm"
 
@@ -188,16 +236,35 @@ class _Part(ResidualLayer):
 
     def _leave(self, stream: ResidualStream, x: Tensor) -> Tensor:
         dropout = self._modules["dropout"]
-        if is_plain(dropout, nn.Dropout) and dropout.training == self.training:  # type: ignore[union-attr]
-            stream.add(x, dropout.p)  # type: ignore[union-attr,arg-type]
+        assert dropout is not None
+        if (
+            isinstance(dropout, nn.Dropout)
+            and is_plain(dropout, nn.Dropout)
+            and dropout.training == self.training
+        ):
+            stream.add(x, dropout.p)
         else:
-            stream.add(dropout(x))  # type: ignore[misc]
+            stream.add(dropout(x))
         # In float16 the block clamps each part's sum, so the next norm cannot be computed with it.
         return stream.value if x.dtype == torch.float16 else stream.leave()
 
 
-class T5LayerSelfAttention(_Part, modeling_t5.T5LayerSelfAttention):
+class _AttentionPart(_Part):
+    attention_name: ClassVar[str]
+
+    def _attend(
+        self, hidden_states: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | RelativeBias | None, Tensor | None]:
+        stream, normalized = self._enter(hidden_states)
+        attention = self._modules[self.attention_name]
+        assert attention is not None
+        attended, position_bias, weights = attention(normalized, mask=attention_mask, **kwargs)
+        return self._leave(stream, attended), position_bias, weights
+
+
+class T5LayerSelfAttention(_AttentionPart, modeling_t5.T5LayerSelfAttention):
     fastattn_original = modeling_t5.T5LayerSelfAttention
+    attention_name = "SelfAttention"
 
     def forward(
         self,
@@ -207,19 +274,19 @@ class T5LayerSelfAttention(_Part, modeling_t5.T5LayerSelfAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | RelativeBias | None, Tensor | None]:
-        stream, normalized = self._enter(hidden_states)
-        attended, position_bias, weights = self.SelfAttention(
-            normalized,
-            mask=attention_mask,
+        run = super().forward if runs_in_pytorch(hidden_states) else self._attend
+        return run(
+            hidden_states,
+            attention_mask,
             position_bias=position_bias,
             past_key_values=past_key_values,
             **kwargs,
         )
-        return self._leave(stream, attended), position_bias, weights
 
 
-class T5LayerCrossAttention(_Part, modeling_t5.T5LayerCrossAttention):
+class T5LayerCrossAttention(_AttentionPart, modeling_t5.T5LayerCrossAttention):
     fastattn_original = modeling_t5.T5LayerCrossAttention
+    attention_name = "EncDecAttention"
 
     def forward(
         self,
@@ -229,23 +296,24 @@ class T5LayerCrossAttention(_Part, modeling_t5.T5LayerCrossAttention):
         position_bias: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        stream, normalized = self._enter(hidden_states)
-        attended, position_bias, weights = self.EncDecAttention(
-            normalized,
-            mask=attention_mask,
+    ) -> tuple[Tensor, Tensor | RelativeBias | None, Tensor | None]:
+        run = super().forward if runs_in_pytorch(hidden_states) else self._attend
+        return run(
+            hidden_states,
+            attention_mask=attention_mask,
             key_value_states=key_value_states,
             position_bias=position_bias,
             past_key_values=past_key_values,
             **kwargs,
         )
-        return self._leave(stream, attended), position_bias, weights
 
 
 class T5LayerFF(_Part, modeling_t5.T5LayerFF):
     fastattn_original = modeling_t5.T5LayerFF
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if runs_in_pytorch(hidden_states):
+            return super().forward(hidden_states)
         stream, normalized = self._enter(hidden_states)
         return self._leave(stream, self.DenseReluDense(normalized))
 
@@ -291,7 +359,7 @@ FAMILY = Family(
         Site("encoder", T5Block),
     ),
     limits=(
-        "the MLPs of T5 v1.0 (ReLU, no bias) are left to PyTorch: there is nothing to fuse the activation with",
+        "the MLPs of T5 v1.0 (ReLU, no bias) are left as they are: there is nothing to fuse",
         "only padding on the right is left out of the encoder's computation: positions are relative",
     ),
 )

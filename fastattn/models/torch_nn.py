@@ -19,7 +19,7 @@ __all__ = ["FAMILY"]
 
 FAMILY = Family(
     name="torch_nn",
-    attention="one product for query, key and value, masks bool or added, keys appended, other key and value sizes",
+    attention="one product for query, key and value; bool and added masks; appended keys; other key sizes",
     sites=(
         Site("attention", MultiheadAttention),
         Site("residual_norm", TransformerEncoderLayer),

@@ -102,25 +102,25 @@ def export(
     layouts: str = "auto",
     verify: bool = True,
 ) -> ExportResult:
-    """Export a Hugging Face BERT with any head, or a module of your own, to ONNX: fused, padding-free, dynamic batch
-    and sequence.
+    """Export a Hugging Face BERT with any head, or a module of your own, to ONNX: fused, padding-free,
+    dynamic batch and sequence.
 
     The model is not touched: a swapped one is exported as it is (with `padding="padded"` the graph pads), one
     that is not is swapped on a copy that shares its parameters. Either is exported in eval mode.
 
     Args:
-        model: BertModel or a Bert head, or, with example_inputs, any module that torch.export can trace, hand-written
-            from torch.nn's or fastattn.layers' classes for one; weights of other devices and dtypes are copied to the CPU and
-            float32.
+        model: BertModel or a Bert head, or, with example_inputs, any module that torch.export can trace, one
+            written by hand from torch.nn's or fastattn.layers' classes for example; weights of other devices
+            and dtypes are copied to the CPU and float32.
         output_dir: gets model.onnx (with model.onnx.data above 2 GiB), config.json, fastattn.json, and the
             tokenizer's files. Files of these names already there are replaced, once everything is written.
         precision: "fp32".
         target: "cpu": ONNX Runtime's CPU operators, opset 20 with com.microsoft 1.
         task: found from the model's class; a task given must be that one.
         tokenizer: saved beside the model.
-        example_inputs: the batch to trace with: input_ids, attention_mask and token_type_ids of one shape; for a
-            module of your own its forward's arguments by name, float32, int64, int32 or bool, in a batch of at least
-            two sequences whose length is another number.
+        example_inputs: the batch to trace with: input_ids, attention_mask and token_type_ids of one shape;
+            for a module of your own its forward's arguments by name, float32, int64, int32 or bool, in a
+            batch of at least two sequences whose length is another number.
         layouts: "auto".
         verify: compare the written file, in ONNX Runtime, with the unswapped model in PyTorch.
 

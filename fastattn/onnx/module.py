@@ -1,5 +1,5 @@
-"""Export of a module that is no Hugging Face model: what its example says about its inputs, dimensions and outputs,
-and the batches it is checked on.
+"""Export of a module that is no Hugging Face model: what its example says about its inputs, dimensions and
+outputs, and the batches it is checked on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastattn.onnx.convert import checked_fusions, rename_dimensions, to_onnx, trace
 from fastattn.swap import is_swapped, optimize, restore
-from fastattn.verification import VerificationError, VerificationReport, shared_copy
+from fastattn.verification import VerificationError, VerificationReport
 from fastattn.verification.comparison import compare_outputs, named_tensors
 from fastattn.verification.subject import masks_of
 
@@ -72,7 +72,9 @@ def prepare_module(model: nn.Module, task: str | None, example_inputs: Mapping[s
     from fastattn.onnx.source import private_copy
 
     if task is not None:
-        raise ValueError(f"task is {task!r}, but {type(model).__name__} is no Hugging Face model; leave task out")
+        raise ValueError(
+            f"task is {task!r}, but {type(model).__name__} is no Hugging Face model; leave task out"
+        )
     _check_example(example_inputs)
     inputs = {name: tensor.detach().cpu() for name, tensor in example_inputs.items()}
     reference, fused = private_copy(model), private_copy(model)
@@ -85,7 +87,8 @@ def prepare_module(model: nn.Module, task: str | None, example_inputs: Mapping[s
             outputs = named_tensors(fused(**inputs))
     except TypeError as error:
         raise TypeError(
-            f"{type(model).__name__} cannot be called with example_inputs by name ({', '.join(inputs)}): {error}"
+            f"{type(model).__name__} cannot be called with example_inputs by name "
+            f"({', '.join(inputs)}): {error}"
         ) from error
     if not outputs:
         raise TypeError(f"{type(model).__name__} returns no tensor, and a graph returns nothing else")
@@ -100,38 +103,60 @@ def _check_example(example: Mapping[str, Tensor]) -> None:
             accepted = ", ".join(DTYPES.values())
             raise TypeError(f"example_inputs[{name!r}] is {found}; it must be a tensor of {accepted}")
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in example.items())
-    shaped = [tensor.shape[:2] for tensor in example.values() if tensor.dim() >= 2]
-    if not shaped or any(size < 2 for size in shaped[0]) or shaped[0][0] == shaped[0][1]:
+    sizes = example[_leading(example)].shape[:2] if example else ()
+    if len(sizes) < 2 or min(sizes) < 2 or sizes[0] == sizes[1]:
         raise ValueError(
-            "example_inputs must tell batch and sequence apart: two tensor dimensions of different sizes, each at "
-            f"least 2, in the first input that has two; got {shapes or 'nothing'}"
+            "example_inputs must tell batch and sequence apart: at least two sequences, of another length "
+            f"than their number; got {shapes or 'nothing'}"
         )
 
 
+def _leading(inputs: Mapping[str, Tensor]) -> str:
+    """The input whose first two dimensions are batch and sequence (or, of features, the other way round):
+    tables of tokens or masks before features, for those are [batch, sequence] whatever the layout of features
+    is.
+    """
+
+    def rank(name: str) -> tuple[bool, bool]:
+        features = inputs[name].is_floating_point()
+        return features, inputs[name].dim() != (3 if features else 2)
+
+    return min(inputs, key=rank)
+
+
+def _dynamic(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
+    """Every dimension as long as the batch or the sequence, but for features, which come last."""
+    leading = _leading(inputs)
+    sizes = set(inputs[leading].shape[:2])
+    found: dict[str, dict[int, Any]] = {}
+    for name, tensor in inputs.items():
+        features = tensor.is_floating_point() and (tensor.dim() > 2 or name == leading)
+        dims = tensor.shape[:-1] if features else tensor.shape
+        found[name] = {i: torch.export.Dim.AUTO for i, size in enumerate(dims) if size in sizes}
+    return found
+
+
 def convert_module(source: ModuleSource) -> tuple[Any, dict[str, int]]:
-    """Export with every dimension dynamic that the module does not fix; fills in `dimensions` and `bounds`.
+    """Export with batch and sequence dynamic where the module does not fix them; fills in `dimensions` and
+    `bounds`.
 
     Raises:
         FusionError: an operation did not become its fused form.
         ValueError: the module fixes every dimension.
     """
-    automatic = torch.export.Dim.AUTO
-    shapes = {
-        name: {index: automatic for index, size in enumerate(tensor.shape) if size > 1}
-        for name, tensor in source.inputs.items()
-    }
-    program = trace(_Outputs(source.fused, source.inputs), source.inputs, shapes)
+    program = trace(_Outputs(source.fused, source.inputs), source.inputs, _dynamic(source.inputs))
     model = to_onnx(program)
-    for value in model.graph.initializers.values():
+    for value in list(model.graph.initializers.values()):
         value.name = str(value.name).removeprefix("module.")
     values = dict(zip(source.inputs, model.graph.inputs, strict=True))
     names = _dimension_names(source.inputs, values)
     if not names:
         raise ValueError(
-            "the module fixes the sizes of all its inputs to the example's; its forward must not read them as numbers"
+            "the module fixes the sizes of all its inputs to the example's; "
+            "its forward must not read them as numbers"
         )
     for symbol, constraint in program.range_constraints.items():
-        if str(symbol) in names and int(constraint.upper) < 2**31:
+        if str(symbol) in names and constraint.upper < 2**31:
             source.bounds[names[str(symbol)]] = int(constraint.upper)
     rename_dimensions(model, names)
     for name, value in values.items():
@@ -143,10 +168,10 @@ def convert_module(source: ModuleSource) -> tuple[Any, dict[str, int]]:
 
 
 def _dimension_names(inputs: Mapping[str, Tensor], values: Mapping[str, ir.Value]) -> dict[str, str]:
-    """Symbol -> name. Tables of tokens and masks are [batch, sequence] whatever the layout of features is."""
-    ordered = sorted(inputs, key=lambda name: (inputs[name].is_floating_point(), inputs[name].dim() != 2))
+    """Symbol -> name, the leading input's first."""
+    leading = _leading(inputs)
     names: dict[str, str] = {}
-    for name in ordered:
+    for name in (leading, *inputs):
         shape = values[name].shape
         assert shape is not None
         for size in shape:
@@ -157,8 +182,8 @@ def _dimension_names(inputs: Mapping[str, Tensor], values: Mapping[str, ir.Value
 
 
 def check_module_export(exported: Any, source: ModuleSource) -> VerificationReport:
-    """The written file in ONNX Runtime against the module in PyTorch, swapped at every position, and as it was at
-    real ones, on the example in other sizes.
+    """The written file in ONNX Runtime against the module in PyTorch, swapped at every position, and as it
+    was at real ones, on the example in other sizes.
 
     Raises:
         VerificationError: an output is too far off; the message names the worst case.

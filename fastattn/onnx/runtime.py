@@ -137,12 +137,14 @@ class OnnxModel:
         """Run a batch.
 
         Args:
-            input_ids, attention_mask, token_type_ids, for a Hugging Face model: torch tensors or numpy arrays of integers, [batch,
+            input_ids, attention_mask, token_type_ids, for a Hugging Face model: torch tensors or numpy arrays
+            of integers, [batch,
                 sequence] (for multiple choice [batch, choices, sequence]). A mask left out is all ones, types
                 are zeros. A module of your own takes the arguments it was exported with, all of them.
 
         Returns:
-            The outputs, torch tensors (on the device of the first input) where that is one, else numpy arrays.
+            The outputs, torch tensors (on the device of the first input) where that is one, else numpy
+            arrays.
 
         Raises:
             TypeError: an unknown, missing or doubled name, or a dtype of another kind.
@@ -186,7 +188,9 @@ class OnnxModel:
         return given
 
     def _checked_tensor(self, entry: dict[str, Any], value: Any, sizes: dict[str, int]) -> Any:
-        """An input of a module that is no Hugging Face model; `sizes` collects what the dimensions' names stand for."""
+        """An input of a module that is no Hugging Face model; `sizes` collects what the dimensions' names
+        stand for.
+        """
         name, dimensions = entry["name"], entry["dimensions"]
         if value is None:
             raise TypeError(f"{name} is missing; the model takes {', '.join(self.input_names)}")
@@ -204,9 +208,10 @@ class OnnxModel:
         for size, dimension in zip(value.shape, dimensions, strict=True):
             if isinstance(dimension, str) and dimension.isidentifier():
                 known = sizes.setdefault(dimension, size)
-                if size > entry["bounds"].get(dimension, size):
+                longest = entry["bounds"].get(dimension, size)
+                if size > longest:
                     raise ValueError(
-                        f"{name} has {size} as its {dimension}; the model takes at most {entry['bounds'][dimension]}"
+                        f"{name} has {size} as its {dimension}; the model takes at most {longest}"
                     )
             else:
                 known = dimension if isinstance(dimension, int) else size

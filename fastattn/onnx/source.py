@@ -101,7 +101,7 @@ def prepare(model: Any, task: str | None, example_inputs: Mapping[str, Tensor] |
 
 
 def is_custom(model: Any) -> bool:
-    """Whether `model` is a module of the user's own, no Hugging Face model, which is exported by its example."""
+    """Whether `model` is a module of the user's own and no Hugging Face model."""
     return isinstance(model, nn.Module) and not hasattr(getattr(model, "config", None), "model_type")
 
 
@@ -114,8 +114,8 @@ def _task(model: nn.Module) -> str:
             return task
     accepted = ", ".join(f"Bert{ending}" for ending in TASKS)
     raise ValueError(
-        f"the model is a {name}; this version exports {accepted}, and modules that are no Hugging Face models "
-        "with example_inputs"
+        f"the model is a {name}; this version exports {accepted}, and, with example_inputs, modules that are "
+        "no Hugging Face models"
     )
 
 

@@ -7,6 +7,7 @@ computes the same tiles.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -307,10 +308,12 @@ def attend_packed(
     each = sequence_terms(terms, bounds_q, bounds_k, default_start=True)
     if bias is not None:
         parts = bias if bias.shape[0] > 1 else bias.expand(len(each), -1, -1, -1)
-        each = [
-            replace(term, bias=part[None, :, :rows, :columns])
-            for term, part, rows, columns in zip(each, parts, lengths_q, lengths_k, strict=True)
-        ]
+        shared: dict[tuple[int, int], AttentionTerms] = {}
+        for index, (rows, columns) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+            if bias.shape[0] > 1 or (rows, columns) not in shared:
+                part = parts[index][None, :, :rows, :columns]
+                shared[rows, columns] = replace(each[index], bias=part)
+            each[index] = shared[rows, columns]
     return _attend_each(query, key, value, bounds_q, bounds_k, each)
 
 
@@ -322,9 +325,34 @@ def _attend_each(
     bounds_k: list[int],
     each: list[AttentionTerms],
 ) -> Tensor:
-    q, k, v = (_last_dim_contiguous(x).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    outs = [
-        _attend(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], terms)[0].transpose(0, 1)
-        for (q0, q1), (k0, k1), terms in zip(pairwise(bounds_q), pairwise(bounds_k), each, strict=True)
-    ]
+    """Sequences that follow one another with the same lengths and terms are one call: of short ones, as
+    sentences are, a call costs more than its attention.
+    """
+    q, k, v = map(_last_dim_contiguous, (query, key, value))
+    outs = []
+    for first, count in _runs(bounds_q, bounds_k, each):
+        queries = _batched(q, bounds_q, first, count)
+        keys, values = (_batched(x, bounds_k, first, count) for x in (k, v))
+        out = _attend(queries, keys, values, each[first])
+        outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs) if outs else query.new_zeros(0, query.shape[1], value.shape[2])
+
+
+def _batched(x: Tensor, bounds: list[int], first: int, count: int) -> Tensor:
+    """`count` sequences of one length, of [T, H, D]: [count, H, length, D]."""
+    length = bounds[first + 1] - bounds[first]
+    rows = x[bounds[first] : bounds[first + count]]
+    return rows.view(count, length, *rows.shape[1:]).transpose(1, 2)
+
+
+def _runs(bounds_q: list[int], bounds_k: list[int], each: list[AttentionTerms]) -> Iterator[tuple[int, int]]:
+    """The first sequence and the number of those in a row that may be one call."""
+    first = 0
+    for index in range(1, len(each) + 1):
+        if index == len(each) or not (
+            each[index] is each[first]
+            and bounds_q[index + 1] - bounds_q[index] == bounds_q[first + 1] - bounds_q[first]
+            and bounds_k[index + 1] - bounds_k[index] == bounds_k[first + 1] - bounds_k[first]
+        ):
+            yield first, index - first
+            first = index

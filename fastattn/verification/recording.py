@@ -32,6 +32,9 @@ class _Recording:
 
     def _record(self, name: str, value: Any) -> None:
         tensor = _main_tensor(value)
+        if tensor is not None and tensor.is_nested:
+            # What torch.nn's encoder hands its layers where a batch is padded.
+            tensor = torch.nested.to_padded_tensor(tensor, 0.0)
         if tensor is not None:
             self.order.append((name, len(self.outputs[name])))
             # A copy: a fused layer may go on working in place.

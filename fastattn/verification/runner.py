@@ -143,7 +143,8 @@ def _check(model: Any, reference: Any, cases: Iterable[str] | None) -> Sequence[
             continue
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name} is a {type(module).__name__}; a torch.nn.Module is accepted")
-        if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
+        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{name} is compiled or scripted: verify the model before that")
         if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             raise ValueError(

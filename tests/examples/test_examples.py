@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 MARK = "# the one line"
 EXAMPLES = {
     "classify_bert.py": (),
+    "classify_torch.py": (),
+    "encode_torch.py": (),
     "swap_layers.py": (),
     "export_onnx.py": ("onnx", "onnxscript", "onnxruntime"),
 }

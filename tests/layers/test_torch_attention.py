@@ -1,15 +1,14 @@
-"""layers.MultiheadAttention against torch.nn's: every constructor option, mask and layout, forward and gradients."""
+"""layers.MultiheadAttention against torch.nn's: constructor options, masks and layouts, with gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
+from torch_pairs import assert_close, assert_same_gradients, gradients, padding, pair, varied_sum
 
 import fastattn
 from fastattn.layers import MultiheadAttention
-
-from torch_pairs import assert_close, assert_same_gradients, gradients, pair, padding, varied_sum
 
 E, H = 24, 4
 CONSTRUCTIONS = {
@@ -145,7 +144,12 @@ def test_the_causal_hint(float_mask, need_weights, with_padding):
     if with_padding:
         hidden = padding([6, 4, 1], 6)
         hidden = torch.where(hidden, float("-inf"), 0.0) if float_mask else hidden
-    options = {"attn_mask": causal, "key_padding_mask": hidden, "need_weights": need_weights, "is_causal": True}
+    options = {
+        "attn_mask": causal,
+        "key_padding_mask": hidden,
+        "need_weights": need_weights,
+        "is_causal": True,
+    }
     for got, want in zip(ours(x, x, x, **options), reference(x, x, x, **options), strict=True):
         assert (got is None) == (want is None)
         if got is not None:
@@ -195,7 +199,7 @@ def test_inputs_that_are_not_contiguous():
 def test_dropout_is_drawn_in_training_only_and_shows_in_the_weights():
     attention = MultiheadAttention(E, H, dropout=0.5, batch_first=True)
     x = torch.randn(2, 30, E)
-    out, weights = attention(x, x, x, average_attn_weights=False)
+    _, weights = attention(x, x, x, average_attn_weights=False)
     assert 0.3 < (weights == 0).float().mean() < 0.7
     first = attention(x, x, x, need_weights=False)[0]
     assert not torch.equal(first, attention(x, x, x, need_weights=False)[0])
@@ -248,7 +252,9 @@ def test_shapes_that_do_not_fit_are_named(call, message):
 def test_a_mask_of_integers_is_refused():
     x = torch.randn(2, 3, E)
     with pytest.raises(TypeError, match="bool"):
-        MultiheadAttention(E, H, batch_first=True)(x, x, x, key_padding_mask=torch.zeros(2, 3, dtype=torch.long))
+        MultiheadAttention(E, H, batch_first=True)(
+            x, x, x, key_padding_mask=torch.zeros(2, 3, dtype=torch.long)
+        )
 
 
 def test_it_is_torchs_by_type_and_state():

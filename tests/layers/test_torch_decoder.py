@@ -1,4 +1,4 @@
-"""layers.TransformerDecoderLayer and TransformerDecoder, and nn.Transformer around both, against torch.nn's."""
+"""layers.TransformerDecoderLayer and TransformerDecoder, and nn.Transformer, against torch.nn's."""
 
 from __future__ import annotations
 

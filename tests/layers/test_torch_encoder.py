@@ -1,4 +1,4 @@
-"""layers.TransformerEncoderLayer and TransformerEncoder against torch.nn's: options, masks, packing, gradients."""
+"""layers.TransformerEncoderLayer and TransformerEncoder against torch.nn's, packed and padded."""
 
 from __future__ import annotations
 
@@ -138,7 +138,9 @@ def test_left_padding_and_holes(norm_first, monkeypatch):
     reference.eval(), ours.eval()
     seen = count_packed_rows(monkeypatch)
     x = batch(True)
-    hidden = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1, 1], [0] * 7, [1, 1, 1, 1, 1, 1, 0]]).bool()
+    hidden = torch.tensor(
+        [[1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1, 1], [0] * 7, [1, 1, 1, 1, 1, 1, 0]]
+    ).bool()
     found, expected = ours(x, src_key_padding_mask=hidden), reference(x, src_key_padding_mask=hidden)
     assert_close(found[~hidden], expected[~hidden])
     assert_close(found[:, 0], expected[:, 0], "the first position is computed even where it is padding")

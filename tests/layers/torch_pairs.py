@@ -1,4 +1,4 @@
-"""torch.nn's layers beside ours with the same weights, and comparisons of what they give and of their gradients."""
+"""torch.nn's layers beside ours with the same weights, and how outputs and gradients are compared."""
 
 from __future__ import annotations
 

@@ -181,9 +181,82 @@ def test_a_window_without_a_complete_mask_is_applied():
 
 
 @pytest.mark.parametrize(
-    "name", ["cu_seq_lens_q", "cu_seq_lens_k", "cache", "indices", "block_indices", "sinks"]
+    "name", ["cu_seq_lens_q", "cu_seq_lens_k", "cache", "indices", "block_indices", "packing", "sinks"]
 )
 def test_what_would_change_the_result_unseen_is_refused(name):
     query, key, value = torch.randn(3, 1, 2, 4, 8)
     with pytest.raises(ValueError, match=f"does not support {name}"):
         attention_forward(torch.nn.Module(), query, key, value, None, **{name: torch.zeros(2)})
+
+
+VISION = dict(
+    image_size=16,
+    patch_size=4,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
+TEXT = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
+RETURNING_ATTENTIONS = {
+    "Bert": lambda: (transformers.BertModel, transformers.BertConfig(**TEXT)),
+    "ViT": lambda: (transformers.ViTModel, transformers.ViTConfig(**VISION)),
+    "CLIPText": lambda: (transformers.CLIPTextModel, transformers.CLIPTextConfig(**TEXT)),
+    "Bart": lambda: (
+        transformers.BartModel,
+        transformers.BartConfig(
+            vocab_size=97,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RETURNING_ATTENTIONS)
+@torch.no_grad()
+def test_every_kind_of_attention_is_returned_when_asked_for(name):
+    """Of an encoder, a decoder, a cross-attention and an image model; never an empty tuple."""
+    head, config = RETURNING_ATTENTIONS[name]()
+    reference, model = pair(config, head)
+    inputs = dict(pixel_values=torch.randn(2, 3, 16, 16)) if name == "ViT" else batch("right")
+    expected, found = (each(**inputs, output_attentions=True) for each in (reference, model))
+    kinds = [key for key in expected if key.endswith("attentions") and expected[key]]
+    assert len(kinds) == (3 if name == "Bart" else 1)
+    for kind in kinds:
+        assert len(found[kind]) == len(expected[kind]) == 2
+        for ours, theirs in zip(found[kind], expected[kind], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
+
+
+@torch.no_grad()
+def test_recorded_attentions_of_a_static_cache():
+    """As wide as the cache, as eager's are, zero where it holds nothing yet."""
+    config = DECODERS["Llama"]()
+    reference, model = pair(config, transformers.LlamaForCausalLM)
+    inputs = batch("left")
+    expected, found = (
+        each(
+            **inputs,
+            past_key_values=transformers.StaticCache(config=each.config, max_cache_len=24),
+            output_attentions=True,
+        ).attentions
+        for each in (reference, model)
+    )
+    real = inputs["attention_mask"].bool()[:, None].expand(3, 4, 17)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], rtol=1e-3, atol=1e-5)

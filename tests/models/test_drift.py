@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +100,14 @@ def problems(path) -> list[str]:
     return [text for text in found if text]
 
 
+def test_a_default_that_is_a_function_is_recorded_without_its_address():
+    def forward(self, x, activation=problems):
+        return activation(x)
+
+    method = drift._method(Original, "forward", forward)
+    assert method.signature == "(self, x, activation=<function problems>)"
+
+
 def test_what_counts_as_replaced(recorded):
     """Overridden by the class or a mixin; not what is added, inherited, or torch.nn.Module's own."""
     assert [method.short_name for method in drift.replaced_methods(Replacement)] == [
@@ -154,6 +163,28 @@ def test_a_method_never_recorded_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "__version__", "1.2.0", raising=False)
     drift.record([], tmp_path / "digests.json")
     assert problems(tmp_path / "digests.json")[0] == f"Original.forward of {__name__} 1.2.0 was never checked"
+
+
+def test_another_torch_is_read_from_its_sources(tmp_path):
+    """Without importing it: its binaries may be another machine's."""
+    methods = [
+        m for _, site in SITES for m in drift.replaced_methods(site.replacement) if m.package == "torch"
+    ]
+    modules = {method.name.rsplit(".", 2)[0] for method in methods}
+    if not modules:
+        pytest.skip("no adapter of torch's own layers")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.99.1+cpu'\ndebug = False\n")
+    for module in modules:
+        path = (tmp_path / module.replace(".", "/")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = Path(sys.modules[module].__file__).read_text(encoding="utf-8")
+        path.write_text(source.replace("def forward(", "def forward(  # another\n", 1), encoding="utf-8")
+    found = list(drift.from_sources(methods, tmp_path))
+    assert {method.version for method in found} == {"2.99.1"}
+    assert {method.name for method in found} == {method.name for method in methods}
+    same = {method.name: method.sha256 for method in methods}
+    assert any(same[method.name] == method.sha256 for method in found)
 
 
 def test_the_command_names_family_and_method(tmp_path, capsys):

@@ -48,9 +48,9 @@ def test_wrong_use_is_one_line_and_status_2(saved, tmp_path, capsys):
 
 
 def test_wrong_export_is_status_1(saved, tmp_path, capsys, monkeypatch):
-    from fastattn import verification
+    from fastattn.verification import comparison
 
-    monkeypatch.setattr(verification, "TOLERANCE", 0.0)
+    monkeypatch.setattr(comparison, "TOLERANCE", 0.0)
     assert main(["export", str(saved), str(tmp_path / "out")]) == 1
     assert "the exported file differs from the model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
