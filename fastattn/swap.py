@@ -233,7 +233,7 @@ def _plan_module(
 ) -> None:
     for site in family.sites:
         original = site.replacement.fastattn_original
-        if not isinstance(module, original):
+        if not isinstance(module, original) or not f".{name}".endswith(site.name and f".{site.name}"):
             continue
         reason = ""
         if _excluded(name, exclude):

@@ -145,7 +145,7 @@ def _says_whether_causal(cls: type[Any]) -> bool:
     return any("is_causal" in _names(vars(base).get("__init__")) for base in inspect.getmro(cls))
 
 
-def _computes_attention(cls: type[Any]) -> bool:
+def _computes_attention(cls: Any) -> bool:
     if dispatches(cls):
         return False
     own = [each for each in vars(cls).values() if inspect.isfunction(each)]

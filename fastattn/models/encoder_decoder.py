@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from fastattn.layers import ResidualLayer, activated_linear, project
+from fastattn.layers import Border, FusedLayer, ResidualLayer, activated_linear, project
+from fastattn.layers.border import is_differentiable
 from fastattn.ops.registration import runs_in_pytorch
 
 __all__ = [
+    "PackedFinalNorm",
     "PostNormDecoderLayer",
     "PostNormEncoderLayer",
     "PreNormCrossDecoderLayer",
@@ -38,6 +40,26 @@ def _calls_cost_most(x: Tensor) -> bool:
     every call more shows.
     """
     return runs_in_pytorch(x) and x.shape[0] * x.shape[1] < FEW_ROWS
+
+
+class PackedFinalNorm(FusedLayer, nn.LayerNorm):
+    """The norm after an encoder's packed layers: of real tokens too, so that padding stays zero instead of
+    becoming the norm's bias.
+    """
+
+    fastattn_original = nn.LayerNorm
+
+    # Set on instances by `link_layers`: the border to the last layer.
+    fastattn_packed_before: ClassVar[Border | None] = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        before = self.fastattn_packed_before
+        ahead = None if before is None else before.take(input)
+        if ahead is None or not is_differentiable(ahead[2], input):
+            return super().forward(input)
+        _, packing, packed = ahead
+        padded: Tensor = packing.unpack(super().forward(packed))
+        return padded
 
 
 class _Layer(ResidualLayer):

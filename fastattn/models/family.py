@@ -66,10 +66,13 @@ class Site:
     "attention" is an attention layer's own forward; "residual_norm" a layer that adds to the residual stream
     and normalizes it (in decoders the whole layer); "norm" a norm alone; "activation" an MLP or the part of
     it around its activation; "encoder" a stack of layers that runs without padding.
+
+    `name` is the end of the module's name in the model, where the class alone does not tell the layer.
     """
 
     kind: str
     replacement: type[FusedLayer]
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -26,7 +26,8 @@ def link_layers(model: nn.Module) -> None:
     for owner, layers in _stacks(model):
         regions = [each for each in layers if hasattr(each, "fastattn_packed_before")]
         if len(regions) == len(layers):
-            for first, second in pairwise(regions):
+            after_all = [each for each in owner.children() if hasattr(each, "fastattn_packed_before")]
+            for first, second in pairwise([*regions, *after_all]):
                 border = Border()
                 _set(first, fastattn_packed_after=border)
                 _set(second, fastattn_packed_before=border)

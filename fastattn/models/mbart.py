@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from transformers.models.mbart import modeling_mbart
 
-from fastattn.models.encoder_decoder import PreNormCrossDecoderLayer, PreNormEncoderLayer
+from fastattn.models.encoder_decoder import (
+    PackedFinalNorm,
+    PreNormCrossDecoderLayer,
+    PreNormEncoderLayer,
+)
 from fastattn.models.family import Family, Site
 from fastattn.models.packed import PackedRegion
 
@@ -22,5 +26,9 @@ class MBartDecoderLayer(PreNormCrossDecoderLayer, modeling_mbart.MBartDecoderLay
 FAMILY = Family(
     name="mbart",
     attention="absolute positions, cross-attention",
-    sites=(Site("encoder", MBartEncoderLayer), Site("residual_norm", MBartDecoderLayer)),
+    sites=(
+        Site("encoder", MBartEncoderLayer),
+        Site("residual_norm", MBartDecoderLayer),
+        Site("norm", PackedFinalNorm, name="encoder.layer_norm"),
+    ),
 )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from transformers.models.pegasus import modeling_pegasus
 
-from fastattn.models.encoder_decoder import PreNormCrossDecoderLayer, PreNormEncoderLayer
+from fastattn.models.encoder_decoder import (
+    PackedFinalNorm,
+    PreNormCrossDecoderLayer,
+    PreNormEncoderLayer,
+)
 from fastattn.models.family import Family, Site
 from fastattn.models.packed import PackedRegion
 
@@ -22,5 +26,9 @@ class PegasusDecoderLayer(PreNormCrossDecoderLayer, modeling_pegasus.PegasusDeco
 FAMILY = Family(
     name="pegasus",
     attention="sinusoidal positions, cross-attention",
-    sites=(Site("encoder", PegasusEncoderLayer), Site("residual_norm", PegasusDecoderLayer)),
+    sites=(
+        Site("encoder", PegasusEncoderLayer),
+        Site("residual_norm", PegasusDecoderLayer),
+        Site("norm", PackedFinalNorm, name="encoder.layer_norm"),
+    ),
 )

@@ -20,6 +20,7 @@ import fastattn
 TOLERANCE = 1e-4
 LENGTH = 17
 TARGET = 11
+NEW_TOKENS = 8
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -64,8 +65,23 @@ def pair(name: str, head: str) -> tuple[nn.Module, nn.Module]:
     return build(case, head, case.reference), model
 
 
+def fresh(case: FamilyCase, head: str, **options: Any) -> nn.Module:
+    """An optimized model of the test's own, to change."""
+    model = build(case, head)
+    fastattn.optimize(model, **options)
+    return model
+
+
 def takes(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
+
+
+def has_text(model: nn.Module) -> bool:
+    return takes(model, "attention_mask") and (takes(model, "input_ids") or takes(model, "decoder_input_ids"))
+
+
+def uncached(model: nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if takes(model, "use_cache") else {}
 
 
 def _tokens(rows: int, length: int, generator: torch.Generator, pad: int) -> Tensor:
@@ -224,3 +240,56 @@ def assert_same_gradients(
         scale = max(grad.abs().max().item(), 1e-2 * largest)
         error = (got - grad).abs().max().item() / scale
         assert error <= TOLERANCE, f"{context}: the gradient of {name} has error {error:.2e} of its scale"
+
+
+def generated(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+    inputs = {name: x for name, x in inputs.items() if not name.startswith("decoder_")}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, **options}
+    if "pad_token_id" not in options and model.config.pad_token_id is None:
+        options["pad_token_id"] = 0
+    return model.generate(
+        **inputs, **options, return_dict_in_generate=True, output_logits=True, output_scores=True
+    )
+
+
+def assert_same_tokens(
+    model: nn.Module, reference: nn.Module, inputs: Mapping[str, Tensor], **options: Any
+) -> None:
+    """Token-identical; where not, the reference must itself have been undecided."""
+    expected, found = generated(reference, inputs, **options), generated(model, inputs, **options)
+    if torch.equal(found.sequences, expected.sequences):
+        return
+    if options.get("num_beams", 1) > 1:
+        torch.testing.assert_close(
+            found.sequences_scores,
+            expected.sequences_scores,
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+            msg=str(options),
+        )
+        return
+    assert found.sequences.shape == expected.sequences.shape, options
+    logits = torch.stack(expected.logits, dim=1)
+    start = expected.sequences.shape[1] - logits.shape[1]
+    for row in range(len(logits)):
+        differs = (found.sequences[row] != expected.sequences[row]).nonzero()
+        if len(differs):
+            at = logits[row, int(differs[0]) - start]
+            best = at.topk(2).values
+            assert best[0] - best[1] <= TOLERANCE * at.abs().max(), (
+                f"{options}: row {row} differs at {differs[0]}"
+            )
+
+
+def assert_as_exact(
+    found: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    true: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """At most twice as far from the float32 outputs as the original's, plus two units of the precision."""
+    theirs = errors(own, true, inputs)
+    for name, error in errors(found, true, inputs).items():
+        allowed = 2 * theirs[name] + 2 * torch.finfo(dtype).eps
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"

@@ -16,15 +16,20 @@ import torch
 from family_cases import CASES, FamilyCase
 from family_models import (
     TOLERANCE,
+    assert_as_exact,
     assert_same,
     assert_same_gradients,
+    assert_same_tokens,
     batch,
     build,
     errors,
+    fresh,
     gradients,
+    has_text,
     outputs,
     pair,
     takes,
+    uncached,
 )
 
 import fastattn
@@ -36,7 +41,6 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.model
 
 PADDINGS = ("right", "left", "none", "square", "one token")
-NEW_TOKENS = 8
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name.replace(" ", "-"))
@@ -68,21 +72,6 @@ def _one_thread():
 
 def kinds(case: FamilyCase) -> tuple[str, ...]:
     return tuple(kind for kind in PADDINGS if kind != "left" or case.left)
-
-
-def has_text(model) -> bool:
-    return takes(model, "attention_mask") and (takes(model, "input_ids") or takes(model, "decoder_input_ids"))
-
-
-def uncached(model) -> dict[str, bool]:
-    return {"use_cache": False} if takes(model, "use_cache") else {}
-
-
-def fresh(case: FamilyCase, head: str, **options) -> torch.nn.Module:
-    """An optimized model of the test's own, to change."""
-    model = build(case, head)
-    fastattn.optimize(model, **options)
-    return model
 
 
 def test_report(case):
@@ -196,43 +185,6 @@ def test_packing(case):
     assert_same(result, reference(**inputs), inputs)
     model = fresh(case, case.base, padding="padded")
     assert_same(model(**inputs), reference(**inputs), inputs)
-
-
-def generated(model, inputs, **options):
-    inputs = {name: x for name, x in inputs.items() if not name.startswith("decoder_")}
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, **options}
-    if "pad_token_id" not in options and model.config.pad_token_id is None:
-        options["pad_token_id"] = 0
-    return model.generate(
-        **inputs, **options, return_dict_in_generate=True, output_logits=True, output_scores=True
-    )
-
-
-def assert_same_tokens(model, reference, inputs, **options) -> None:
-    """Token-identical; where not, the reference must itself have been undecided."""
-    expected, found = generated(reference, inputs, **options), generated(model, inputs, **options)
-    if torch.equal(found.sequences, expected.sequences):
-        return
-    if options.get("num_beams", 1) > 1:
-        torch.testing.assert_close(
-            found.sequences_scores,
-            expected.sequences_scores,
-            rtol=TOLERANCE,
-            atol=TOLERANCE,
-            msg=str(options),
-        )
-        return
-    assert found.sequences.shape == expected.sequences.shape, options
-    logits = torch.stack(expected.logits, dim=1)
-    start = expected.sequences.shape[1] - logits.shape[1]
-    for row in range(len(logits)):
-        differs = (found.sequences[row] != expected.sequences[row]).nonzero()
-        if len(differs):
-            at = logits[row, int(differs[0]) - start]
-            best = at.topk(2).values
-            assert best[0] - best[1] <= TOLERANCE * at.abs().max(), (
-                f"{options}: row {row} differs at {differs[0]}"
-            )
 
 
 @torch.no_grad()
@@ -484,10 +436,3 @@ def test_half_precision(case, dtype):
     cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     true = outputs(exact(**inputs))
     assert_as_exact(outputs(model(**cast)), outputs(reference(**cast)), true, inputs, dtype)
-
-
-def assert_as_exact(found, own, true, inputs, dtype) -> None:
-    theirs = errors(own, true, inputs)
-    for name, error in errors(found, true, inputs).items():
-        allowed = 2 * theirs[name] + 2 * torch.finfo(dtype).eps
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
