@@ -17,7 +17,7 @@ from fastattn.layers.border import is_differentiable
 from fastattn.ops.registration import runs_in_pytorch
 
 __all__ = [
-    "PackedFinalNorm",
+    "LayerNorm",
     "PostNormDecoderLayer",
     "PostNormEncoderLayer",
     "PreNormCrossDecoderLayer",
@@ -42,7 +42,7 @@ def _calls_cost_most(x: Tensor) -> bool:
     return runs_in_pytorch(x) and x.shape[0] * x.shape[1] < FEW_ROWS
 
 
-class PackedFinalNorm(FusedLayer, nn.LayerNorm):
+class LayerNorm(FusedLayer, nn.LayerNorm):
     """The norm after an encoder's packed layers: of real tokens too, so that padding stays zero instead of
     becoming the norm's bias.
     """

@@ -121,7 +121,7 @@ def attention_forward(
     if attention_mask is not None:
         if attention_mask.dim() == 4:
             causal, window = False, None
-            if attention_mask.dtype == torch.bool:
+            if attention_mask.dtype is torch.bool:
                 mask = attention_mask
             elif attention_mask.is_floating_point():
                 bias = attention_mask
@@ -217,9 +217,11 @@ def _of_keys_there(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | RelativeBias | None]:
     """Keys, values, mask and bias of the first n keys, where a mask [B, n] says that no others are there."""
     keys = key.shape[2]
-    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[0] != query.shape[0] or mask.shape[1] > keys:
+    if mask.dtype is not torch.bool or mask.dim() != 2:
         raise ValueError(_bad_mask(mask, query, keys))
-    there = mask.shape[1]
+    rows, there = mask.shape
+    if rows != query.shape[0] or there > keys:
+        raise ValueError(_bad_mask(mask, query, keys))
     if there < keys:
         key, value = key[:, :, :there], value[:, :, :there]
         if isinstance(position_bias, Tensor) and position_bias.shape[-1] == keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers.models.mbart import modeling_mbart
 
 from fastattn.models.encoder_decoder import (
-    PackedFinalNorm,
+    LayerNorm,
     PreNormCrossDecoderLayer,
     PreNormEncoderLayer,
 )
@@ -29,6 +29,6 @@ FAMILY = Family(
     sites=(
         Site("encoder", MBartEncoderLayer),
         Site("residual_norm", MBartDecoderLayer),
-        Site("norm", PackedFinalNorm, name="encoder.layer_norm"),
+        Site("norm", LayerNorm, name="encoder.layer_norm"),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers.models.pegasus import modeling_pegasus
 
 from fastattn.models.encoder_decoder import (
-    PackedFinalNorm,
+    LayerNorm,
     PreNormCrossDecoderLayer,
     PreNormEncoderLayer,
 )
@@ -29,6 +29,6 @@ FAMILY = Family(
     sites=(
         Site("encoder", PegasusEncoderLayer),
         Site("residual_norm", PegasusDecoderLayer),
-        Site("norm", PackedFinalNorm, name="encoder.layer_norm"),
+        Site("norm", LayerNorm, name="encoder.layer_norm"),
     ),
 )

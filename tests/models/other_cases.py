@@ -86,7 +86,7 @@ OTHERS = (
         "MBartModel",
         ("MBartForConditionalGeneration", "MBartForCausalLM"),
         generates=True,
-        swapped={"attention": 6, "residual_norm": 2, "encoder": 2},
+        swapped={"attention": 6, "residual_norm": 2, "norm": 1, "encoder": 2},
     ),
     FamilyCase(
         "Marian",
@@ -106,7 +106,7 @@ OTHERS = (
         "PegasusModel",
         ("PegasusForConditionalGeneration", "PegasusForCausalLM"),
         generates=True,
-        swapped={"attention": 6, "residual_norm": 2, "encoder": 2},
+        swapped={"attention": 6, "residual_norm": 2, "norm": 1, "encoder": 2},
     ),
     FamilyCase(
         "ViT",

@@ -55,7 +55,7 @@ def test_every_head_verifies(bert_config, head):
     # A graph for each head would take most of the suite's time: compiling has tests of its own.
     cases = [case for case in CASES if case not in ("given inputs", "compile")]
     report = fastattn.verify(model, cases=cases)
-    assert report.passed and len({result.case for result in report.results}) == 10
+    assert report.passed and len({result.case for result in report.results}) == 11
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

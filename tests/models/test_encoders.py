@@ -55,7 +55,7 @@ def test_linear_layers_see_real_tokens_alone(name, monkeypatch):
     model(**inputs)
     # A stack, or layers that hand on to one another, packs once.
     assert len(packings) == 1
-    # ALBERT and ELECTRA widen their embeddings, a pooler reads one row a sequence, DeBERTa projects distances.
+    # At least three in each of three layers; others read embeddings, first tokens or distances.
     assert rows.count(real) >= 3 * 3, rows
 
 
@@ -90,7 +90,7 @@ def test_deberta_terms(changes):
 
 @torch.no_grad()
 def test_mpnet_masks_that_are_not_padding():
-    """A mask of four dimensions is the caller's own: it may hide any key from any query, or only weaken it."""
+    """A mask of four dimensions is the caller's own: it may hide any key from any query, or weaken it."""
     reference, model = both("MPNet")
     fastattn.optimize(model)
     inputs = batch(model, "none")
