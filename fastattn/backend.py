@@ -42,10 +42,16 @@ def _validate(name: str, origin: str) -> str:
 
 
 def get_backend() -> str:
-    """The backend selected in this context: `set_backend`'s, else the environment's `FASTATTN_BACKEND`, else
-    "auto".
+    """The backend selected in this context: `set_backend`'s, else the environment's `FASTATTN_BACKEND` as it
+    was when first asked for, else "auto".
     """
-    return _selected.get() or _validate(os.environ.get("FASTATTN_BACKEND") or "auto", "FASTATTN_BACKEND")
+    return _selected.get() or _backend_of_environment()
+
+
+@cache
+def _backend_of_environment() -> str:
+    """Read once: every operation asks, and reading the environment takes as long as a small operation."""
+    return _validate(os.environ.get("FASTATTN_BACKEND") or "auto", "FASTATTN_BACKEND")
 
 
 def set_backend(name: str) -> AbstractContextManager[None]:

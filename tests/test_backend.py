@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn import backend
 from fastattn.backend import backend_for, get_backend
 
 CPU = torch.device("cpu")
@@ -39,10 +40,19 @@ def test_unknown_names_are_refused():
         fastattn.set_backend("cuda")
 
 
-def test_the_environment_chooses_and_is_checked(monkeypatch):
-    monkeypatch.setenv("FASTATTN_BACKEND", "torch")
+@pytest.fixture
+def environment(monkeypatch):
+    """The environment read anew, in the test and after it."""
+    backend._backend_of_environment.cache_clear()
+    yield monkeypatch
+    backend._backend_of_environment.cache_clear()
+
+
+def test_the_environment_chooses_and_is_checked(environment):
+    environment.setenv("FASTATTN_BACKEND", "torch")
     assert get_backend() == "torch"
-    monkeypatch.setenv("FASTATTN_BACKEND", "rocket")
+    backend._backend_of_environment.cache_clear()
+    environment.setenv("FASTATTN_BACKEND", "rocket")
     with pytest.raises(ValueError, match="FASTATTN_BACKEND is 'rocket'"):
         get_backend()
 

@@ -29,7 +29,6 @@ class FamilyCase:
         swapped: layers that must be swapped in `base`, by kind, once the family has an adapter.
         dispatches: whether its attention asks transformers' attention interface.
         generates: whether the first head generates; `caches` are the cache implementations it takes.
-        assisted: whether prompt-lookup decoding works on the original.
         packs: whether padding is never computed (the encoder's, of encoder-decoders).
         left: whether left padding means something to it.
         positions: whether several sequences may come in one row, told apart by `position_ids`.
@@ -51,7 +50,6 @@ class FamilyCase:
     dispatches: bool = True
     generates: bool = False
     caches: tuple[str, ...] = ("dynamic", "static")
-    assisted: bool = True
     packs: bool = True
     left: bool = True
     positions: bool = False
