@@ -40,8 +40,8 @@ def data_dependent_shapes() -> Iterator[None]:
 
 def can_pack(x: Tensor) -> bool:
     """Whether shapes may depend on the values of `x` here: outside tracing, and while our export traces."""
-    # Dynamo cannot read a ContextVar; our export traces without it. A jit trace runs on real values, and would
-    # keep this batch's for every other.
+    # Dynamo cannot read a ContextVar; our export traces without it. A jit trace runs on real values, and
+    # would keep this batch's for every other.
     if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
         return False
     return not is_traced(x) or _data_dependent.get()

@@ -267,7 +267,7 @@ def _plan_attention(planned: _Plan, names: dict[str, nn.Module], exclude: tuple[
     layers: dict[int, list[str]] = {}
     obstacles: dict[int, str] = {}
     for name, module in names.items():
-        original = _class_before(module)
+        original: Any = _class_before(module)
         if not dispatches(original):
             continue
         config = getattr(module, "config", None)

@@ -61,7 +61,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
 
 
 def _runs(layers: list[nn.Module], owner: nn.Module) -> Iterator[tuple[list[nn.Module], list[nn.Module]]]:
-    """Unbroken runs of residual layers (a layer may hold several, as T5's do), each with the norm after it."""
+    """Unbroken runs of residual layers (a layer may hold several, as T5's do) and the norm after each."""
     run: list[nn.Module] = []
     for layer in layers:
         found = [each for each in layer.modules() if isinstance(each, ResidualLayer)]

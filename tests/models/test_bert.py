@@ -61,7 +61,8 @@ def test_every_head_verifies(bert_config, head):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_verifies(bert_config, dtype):
     _, model = swapped_pair(bert_config)
-    fastattn.verify(model.to(dtype), cases=["right padding", "left padding", "no padding", "a row of padding"])
+    cases = ["right padding", "left padding", "no padding", "a row of padding"]
+    fastattn.verify(model.to(dtype), cases=cases)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])

@@ -1,4 +1,4 @@
-"""attn_implementation="fastattn" is there after `import fastattn`, in either order; the import loads nothing."""
+"""attn_implementation="fastattn" is there after `import fastattn`, in either order, and nothing is loaded."""
 
 from __future__ import annotations
 
