@@ -16,7 +16,7 @@ from fastattn.layers.fused import (
 )
 from fastattn.layers.gated import FusedGatedMLP, gated
 from fastattn.layers.plain import is_observed, is_plain, modules_below
-from fastattn.layers.residual import ResidualLayer, ResidualStream, add_norm
+from fastattn.layers.residual import PlainStream, ResidualLayer, ResidualStream, add_norm
 from fastattn.layers.rms_norm import FusedRMSNorm
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "FusedRMSNorm",
     "FusedResidualNorm",
     "MultiheadAttention",
+    "PlainStream",
     "ResidualLayer",
     "ResidualStream",
     "TransformerDecoder",

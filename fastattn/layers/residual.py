@@ -19,7 +19,7 @@ from fastattn.layers.plain import is_observed, is_plain
 from fastattn.layers.rms_norm import FusedRMSNorm
 from fastattn.ops.registration import runs_in_pytorch
 
-__all__ = ["ResidualLayer", "ResidualStream", "add_norm"]
+__all__ = ["PlainStream", "ResidualLayer", "ResidualStream", "add_norm"]
 
 
 def add_norm(norm: nn.Module, x: Tensor, residual: Tensor, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -96,6 +96,30 @@ class ResidualStream:
             self._sum = self._sum + (dropout(x, self._dropout_p) if self._dropout_p else x)
 
 
+class PlainStream:
+    """The same, one operation at a time."""
+
+    __slots__ = ("_training", "value")
+
+    def __init__(self, layer: ResidualLayer, hidden_states: Tensor) -> None:
+        self._training = layer.training
+        self.value = hidden_states
+
+    def add(self, x: Tensor, dropout_p: float = 0.0) -> None:
+        self.value = self.value + (dropout(x, dropout_p) if dropout_p and self._training else x)
+
+    def norm(self, norm: nn.Module) -> Tensor:
+        result: Tensor = norm(self.value)
+        return result
+
+    def normalize(self, norm: nn.Module) -> Tensor:
+        self.value = norm(self.value)
+        return self.value
+
+    def leave(self) -> Tensor:
+        return self.value
+
+
 class ResidualLayer(FusedLayer):
     """Mixed into layers whose forward is written with a residual stream.
 
@@ -119,5 +143,8 @@ class ResidualLayer(FusedLayer):
     def fastattn_next_norm(self) -> nn.Module | None:
         return None if self.fastattn_next is None else self.fastattn_next[0]
 
-    def residual_stream(self, hidden_states: Tensor) -> ResidualStream:
-        return ResidualStream(self, hidden_states)
+    def residual_stream(self, hidden_states: Tensor) -> ResidualStream | PlainStream:
+        # Where PyTorch computes, an addition and a norm are two calls whoever makes them; a border would only
+        # cost: a tenth of a small decoder's time a token.
+        kind = PlainStream if runs_in_pytorch(hidden_states) else ResidualStream
+        return kind(self, hidden_states)

@@ -21,6 +21,7 @@ from transformers.models.t5 import modeling_t5
 from fastattn.layers import (
     FusedLayer,
     FusedRMSNorm,
+    PlainStream,
     ResidualLayer,
     ResidualStream,
     gated,
@@ -228,13 +229,13 @@ class _Part(ResidualLayer):
 
     entry_norm_name = "layer_norm"
 
-    def _enter(self, hidden_states: Tensor) -> tuple[ResidualStream, Tensor]:
+    def _enter(self, hidden_states: Tensor) -> tuple[ResidualStream | PlainStream, Tensor]:
         stream = self.residual_stream(hidden_states)
         norm = self._modules["layer_norm"]
         assert norm is not None
         return stream, _as_normalized(stream.norm(norm), norm)
 
-    def _leave(self, stream: ResidualStream, x: Tensor) -> Tensor:
+    def _leave(self, stream: ResidualStream | PlainStream, x: Tensor) -> Tensor:
         dropout = self._modules["dropout"]
         assert dropout is not None
         if (

@@ -32,8 +32,11 @@ def layer_norm_in_pytorch(x: Tensor, weight: Tensor | None, bias: Tensor | None,
 
 
 def rms_norm_in_pytorch(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
-    if offset == 0.0 and (weight is None or weight.dtype == x.dtype):
-        return rms_norm(x, x.shape[-1:], weight, eps).to(x.dtype)
+    if weight is None or weight.dtype == x.dtype:
+        if offset == 0.0:
+            return rms_norm(x, x.shape[-1:], weight, eps).to(x.dtype)
+        if weight is not None and x.dtype in (torch.float32, torch.float64):
+            return rms_norm(x, x.shape[-1:], weight + offset, eps)
     return rms_norm_reference(x, weight, eps, offset)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastattn.layers import Border, FusedRMSNorm, ResidualLayer
+from fastattn.layers import Border, FusedRMSNorm, ResidualLayer, residual
 from fastattn.models.links import link_layers, unlink
 
 
@@ -63,6 +63,12 @@ def formula(stack, x):
         x = x + layer.first(norm(layer.first_norm, x))
         x = x + layer.second(norm(layer.second_norm, x))
     return norm(stack.norm, x)
+
+
+@pytest.fixture(autouse=True)
+def as_where_kernels_run(monkeypatch):
+    """Additions wait and borders are crossed, as on a GPU; the operations themselves run in PyTorch here."""
+    monkeypatch.setattr(residual, "runs_in_pytorch", lambda x: False)
 
 
 @pytest.fixture
@@ -220,3 +226,10 @@ def test_unlinked_layers_compute_for_themselves(stack, taken):
         unlink(module)
     assert_computes_the_formula(stack, torch.randn(2, 5, 12))
     assert taken["used"] == 0
+
+
+def test_where_pytorch_runs_nothing_waits(stack, taken, monkeypatch):
+    monkeypatch.undo()
+    x = torch.randn(2, 5, 12)
+    assert_computes_the_formula(stack, x)
+    assert isinstance(stack.layers[0].residual_stream(x), residual.PlainStream) and taken["used"] == 0

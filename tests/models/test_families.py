@@ -33,6 +33,7 @@ from family_models import (
 )
 
 import fastattn
+from fastattn.layers import residual
 from fastattn.models import families_in, known_families
 from fastattn.swap import is_swapped
 
@@ -68,6 +69,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _as_where_kernels_run(request, monkeypatch):
+    """Layers hand norms over to the next, as on a GPU, though the operations run in PyTorch here. Generation and
+    half precision run as a CPU does, so that both ways are tested.
+    """
+    if request.node.originalname not in ("test_generation", "test_assisted_decoding", "test_half_precision"):
+        monkeypatch.setattr(residual, "runs_in_pytorch", lambda x: False)
 
 
 def kinds(case: FamilyCase) -> tuple[str, ...]:
