@@ -73,8 +73,8 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _as_where_kernels_run(request, monkeypatch):
-    """Layers hand norms over to the next, as on a GPU, though the operations run in PyTorch here. Generation and
-    half precision run as a CPU does, so that both ways are tested.
+    """Layers hand norms over to the next, as on a GPU, though the operations run in PyTorch here. Generation
+    and half precision run as a CPU does, so that both ways are tested.
     """
     if request.node.originalname not in ("test_generation", "test_assisted_decoding", "test_half_precision"):
         monkeypatch.setattr(residual, "runs_in_pytorch", lambda x: False)
