@@ -107,7 +107,7 @@ def decode_step(model: Any, batch_size: int = 1, length: int = 128) -> Callable[
 
     def step() -> Any:
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-        cache.crop(length)
+        cache.crop(-1)
         return logits
 
     return step
@@ -137,7 +137,7 @@ def decode_step_after_encoder(model: Any, batch_size: int = 1, generated: int = 
             past_key_values=cache,
             use_cache=True,
         ).logits
-        cache.crop(generated)
+        cache.crop(-1)
         return logits
 
     return step
