@@ -14,10 +14,12 @@ ARGS ?=
 
 USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: demo test bench lint aot-full aot-table digests models clean
+.PHONY: environment demo test bench lint aot-full aot-table digests models clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastattn demo $(ARGS)
+
+environment: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

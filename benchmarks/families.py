@@ -10,7 +10,6 @@ Writes benchmarks/results/NAME.json. The exit status is 1 where a promise does n
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import json
 import os
@@ -32,6 +31,7 @@ from fastattn.bench.ratio import METHOD
 from fastattn.bench.timing import Contender, measure
 from fastattn.cli.models import load_model
 from fastattn.report import format_table
+from fastattn.verification import shared_copy
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = "fastattn.families/1"
@@ -191,9 +191,12 @@ RUNS = (
 
 
 def contenders(run: Run) -> Iterator[Contender]:
+    """All on the same weights in memory: one token's time is reading them, from pages that may be better or
+    worse placed.
+    """
     base = run.model()
     for implementation in ("eager", "sdpa"):
-        model = copy.deepcopy(base)
+        model = shared_copy(base)
         model.set_attn_implementation(implementation)
         yield Contender(f"{implementation.replace('sdpa', 'SDPA')} fp32", run.work(model))
     fastattn.optimize(base)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastattn.layers import FusedLayer
+from fastattn.models.drift import unknown
 from fastattn.models.family import Family, Site, families_in, known_families
 from fastattn.models.links import link_layers, unlink
 from fastattn.packing import PADDINGS
@@ -247,7 +248,7 @@ def _plan_module(
         elif "forward" in module.__dict__:
             reason = "its forward is replaced on the instance (an accelerate hook, for one)"
         else:
-            reason = site.replacement.cannot_replace(module) or ""
+            reason = unknown(site.replacement) or site.replacement.cannot_replace(module) or ""
         status = "skipped" if reason else "swapped"
         planned.report.sites.append(SiteReport(name, site.kind, status, reason))
         if not reason:
