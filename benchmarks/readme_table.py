@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
 SCHEMA = "fastattn.results/1"
+FAMILIES = "fastattn.families/1"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 # Untouched contenders make the baseline's column; the others have one each.
@@ -30,8 +31,17 @@ def block(documents: list[dict[str, Any]]) -> str:
     """The Markdown of all results, markers included."""
     parts = [BEGIN]
     for document in documents:
-        for entry in document["models"]:
-            parts += [f"**{entry['title']}**, {_where(entry['result'])}", "", *_table(entry["result"]), ""]
+        if document["schema"] == FAMILIES:
+            where = _where({"settings": {"device": "cpu"}, "environment": document["environment"]})
+            parts += [f"**Every kind of architecture**, fp32, {where}", "", *_runs(document["results"]), ""]
+        else:
+            for entry in document["models"]:
+                parts += [
+                    f"**{entry['title']}**, {_where(entry['result'])}",
+                    "",
+                    *_table(entry["result"]),
+                    "",
+                ]
         parts += [f"Reproduce with `{document['command']}`.", ""]
     parts += [
         "Each cell: median time of a batch, how many times as fast as the baseline of its row with the 95% "
@@ -51,6 +61,16 @@ def _where(result: dict[str, Any]) -> str:
     flags = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in cpu["flags"] and not on_gpu]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "onnxruntime"))
     return f"{', '.join([machine, *flags])}; {versions}; {environment['date_utc'][:10]}"
+
+
+def _runs(results: list[dict[str, Any]]) -> list[str]:
+    """One model doing one thing a row, as benchmarks/families.py measures them."""
+    lines = ["| run | baseline | fastattn |", "|---|---|---|"]
+    for each in results:
+        base = next((row for row in each["rows"] if row["baseline"]), None)
+        baseline = "-" if base is None else f"{base['median_ms']:.3g} ms ({base['name']})"
+        lines.append(f"| {each['run']} | {baseline} | {_cell(each['rows'][-1])} |")
+    return lines
 
 
 def _table(result: dict[str, Any]) -> list[str]:
@@ -83,7 +103,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 def load(folder: Path) -> list[dict[str, Any]]:
     """Every committed result, by file name."""
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [document for document in documents if document.get("schema") == SCHEMA]
+    return [document for document in documents if document.get("schema") in (SCHEMA, FAMILIES)]
 
 
 def renewed(readme: str, documents: list[dict[str, Any]]) -> str:

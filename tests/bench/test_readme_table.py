@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,27 +15,15 @@ from fastattn.bench import BenchmarkResult, Contender, Measurement, Parity, capt
 ROOT = Path(__file__).parents[2]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its own module up by name.
-    import sys
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def table(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("readme_table")
 
 
 @pytest.fixture(scope="module")
-def table() -> ModuleType:
-    return script("readme_table")
-
-
-@pytest.fixture(scope="module")
-def encoders() -> ModuleType:
+def encoders(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
     pytest.importorskip("transformers")
-    return script("encoders")
+    return load_benchmark("encoders")
 
 
 @pytest.fixture
