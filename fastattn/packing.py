@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -99,6 +101,21 @@ class Packing:
             bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
             rows = order[rows // length] * length + rows % length
         return cls(rows, key_rows, cu_seqlens_q, cu_seqlens_k, batch_size, length, bounds, order)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Sequences of one length in a row: their first token, their number and length; none where the bounds
+        are not known, or a computed token is no key.
+        """
+        if self.bounds is None or self.key_rows is not None:
+            return ()
+        lengths = [end - start for start, end in pairwise(self.bounds[0])]
+        found, start = [], 0
+        for length, group in groupby(lengths):
+            count = len(list(group))
+            found.append((start, count, length))
+            start += count * length
+        return tuple(found)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, S, N] -> [1, Tq, N]: the computed tokens, sequence after sequence."""

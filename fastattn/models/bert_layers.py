@@ -1,4 +1,6 @@
-"""Architectures whose layers are BERT's under names of their own: one call makes an adapter."""
+"""BERT's layers, and those of architectures that have them under names of their own: one call makes an
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,8 @@ def replacement(
     adapter: str, mixin: type[FusedLayer], original: type[nn.Module], **attributes: Any
 ) -> type[FusedLayer]:
     """The class that takes `original`'s place, under its name in the module `adapter`, where pickle looks.
+
+    Sharding policies and `_no_split_modules` match classes by name.
 
     Args:
         adapter: `__name__` of the adapter.

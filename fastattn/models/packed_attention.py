@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import ops
-from fastattn.ops.attention_cpu import attend_packed
+from fastattn.ops.attention_cpu import attend_packed, attend_runs
 from fastattn.ops.attention_terms import AttentionTerms
 from fastattn.ops.registration import runs_in_pytorch
 from fastattn.ops.relative_bias import RelativeBias, relative_terms
@@ -61,6 +61,17 @@ def packed_attention(
         if packing.order is not None and dense.shape[0] > 1:
             dense = dense[packing.order]
     if bounds is not None and dropout_p == 0.0:
+        runs = packing.runs
+        unbounded = window is None or (runs and min(window) >= max(length for *_, length in runs) - 1)
+        shaped = causal or softcap or sinks is not None or position_bias is not None or not unbounded
+        if (
+            runs
+            and not shaped
+            and q.shape[2] == v.shape[2]
+            and q.stride(2) == k.stride(2) == v.stride(2) == 1
+            and not torch.is_autocast_enabled(query.device.type)
+        ):
+            return attend_runs(q, k, v, runs, scale).unsqueeze(0)
         left, right = window or (-1, -1)
         terms = AttentionTerms(
             bias=dense,

@@ -24,11 +24,13 @@ from fastattn.ops.attention_reference import (
     query_tiles,
     varlen_attention_reference,
 )
+from fastattn.ops.attention_softcap import can_soften_in_place, softcapped_tile
 from fastattn.ops.attention_terms import AttentionTerms, sequence_terms
 
 __all__ = [
     "attend_at_once",
     "attend_packed",
+    "attend_runs",
     "attend_sequences",
     "attention_torch",
     "varlen_attention_torch",
@@ -161,7 +163,10 @@ def _attend_tile(
         return _zeros(query, key, value)
     if terms.softcap > 0.0:
         dtype = computing_dtype(query)
-        out, _, _ = attend_tile(query.to(dtype), key.to(dtype), value.to(dtype), rows, columns, terms)
+        tile = query.to(dtype), key.to(dtype), value.to(dtype)
+        if can_soften_in_place(query, key, value, terms):
+            return softcapped_tile(*tile, rows, columns, terms).to(query.dtype)
+        out, _, _ = attend_tile(*tile, rows, columns, terms)
         return out.to(query.dtype)
     visible = terms.visible(rows, columns, key.device)
     # The CPU kernels take a float32 mask beside half-precision queries; a GPU's want the queries' dtype.
@@ -230,6 +235,23 @@ def attend_at_once(
     return scaled_dot_product_attention(
         query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True
     )
+
+
+def attend_runs(
+    query: Tensor, key: Tensor, value: Tensor, runs: tuple[tuple[int, int, int], ...], scale: float
+) -> Tensor:
+    """Each sequence attending all of itself, of [T, H, D]: one call for those of one length in a row, (first
+    token, number, length) each, and next to nothing around it.
+    """
+    outs = []
+    for start, count, length in runs:
+        q, k, v = (
+            x[start : start + count * length].view(count, length, *x.shape[1:]).transpose(1, 2)
+            for x in (query, key, value)
+        )
+        out = attend_at_once(q, k, v, None, False, scale)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
 
 
 def varlen_attention_torch(
