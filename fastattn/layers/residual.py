@@ -143,6 +143,12 @@ class ResidualLayer(FusedLayer):
     def fastattn_next_norm(self) -> nn.Module | None:
         return None if self.fastattn_next is None else self.fastattn_next[0]
 
+    def gains_nothing(self, hidden_states: Tensor) -> bool:
+        """Whether the original's forward is as good: where PyTorch computes, and one token's time is counted
+        in calls.
+        """
+        return runs_in_pytorch(hidden_states)
+
     def residual_stream(self, hidden_states: Tensor) -> ResidualStream | PlainStream:
         # Where PyTorch computes, an addition and a norm are two calls whoever makes them; a border would only
         # cost: a tenth of a small decoder's time a token.

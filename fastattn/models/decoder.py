@@ -47,6 +47,17 @@ class PreNormDecoderLayer(ResidualLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        if self.gains_nothing(hidden_states):
+            original: Tensor = super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            return original
         stream = self.residual_stream(hidden_states)
         attended, _ = self.self_attn(
             hidden_states=stream.norm(self.input_layernorm),
@@ -78,6 +89,16 @@ class SandwichNormDecoderLayer(ResidualLayer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        if self.gains_nothing(hidden_states):
+            original: Tensor = super().forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            return original
         stream = self.residual_stream(hidden_states)
         attended, _ = self.self_attn(
             hidden_states=stream.norm(self.input_layernorm),

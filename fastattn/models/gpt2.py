@@ -35,6 +35,17 @@ class GPT2Block(ResidualLayer, modeling_gpt2.GPT2Block):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
+        if self.gains_nothing(hidden_states):
+            original: Tensor = super().forward(
+                hidden_states,
+                past_key_values,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                use_cache,
+                **kwargs,
+            )
+            return original
         stream = self.residual_stream(hidden_states)
         attended, _ = self.attn(
             stream.norm(self.ln_1),

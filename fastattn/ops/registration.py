@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backend import backend_for
+from fastattn.backend import backend_for, get_backend
 from fastattn.ops.validation import is_traced
 
 __all__ = ["draw_seed", "register", "runs_in_pytorch"]
@@ -124,7 +124,10 @@ def runs_in_pytorch(x: Tensor) -> bool:
     The registered operator is for graphs (compile, export), which see one node, and for kernels. Elsewhere it
     would only cost: dispatching to Python twice is 10 to 40 microseconds a call.
     """
-    return not is_traced(x) and backend_for(x.device) == "torch"
+    if is_traced(x):
+        return False
+    # The common case first: every layer asks several times a token.
+    return (x.is_cpu and get_backend() == "auto") or backend_for(x.device) == "torch"
 
 
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:

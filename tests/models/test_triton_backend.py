@@ -61,6 +61,74 @@ print(sorted(launched))
 """
 
 
+OTHERS = """
+import sys
+import torch, transformers, fastattn
+import fastattn_kernels.activation, fastattn_kernels.attention, fastattn_kernels.norm
+
+launched = set()
+for module, names in (
+    (fastattn_kernels.attention, ("attention_forward", "varlen_attention_forward")),
+    (fastattn_kernels.norm, ("rms_norm_forward", "add_rms_norm_forward", "add_layer_norm_forward")),
+    (fastattn_kernels.activation, ("bias_gelu_forward", "gated_activation_forward")),
+):
+    for name in names:
+        def call(*arguments, name=name, original=getattr(module, name), **named):
+            launched.add(name)
+            return original(*arguments, **named)
+        setattr(module, name, call)
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+if sys.argv[1] == "llama":
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=60, hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=12,
+    ))
+else:
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=60, d_model=36, d_kv=12, num_heads=3, d_ff=44, num_layers=2,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0,
+    ))
+fastattn.optimize(model.eval())
+with fastattn.set_backend("triton"):
+    cases = ["right padding", "left padding", "one token", "static cache", "gradients"]
+    print(fastattn.verify(model, cases=cases).table())
+print(sorted(launched))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "kernels"),
+    [
+        (
+            "llama",
+            ["add_rms_norm_forward", "attention_forward", "gated_activation_forward", "rms_norm_forward"],
+        ),
+        (
+            "t5",
+            [
+                "add_rms_norm_forward",
+                "attention_forward",
+                "gated_activation_forward",
+                "rms_norm_forward",
+                "varlen_attention_forward",
+            ],
+        ),
+    ],
+)
+def test_residual_streams_caches_and_relative_bias_in_the_interpreter(model, kernels):
+    result = subprocess.run(
+        [sys.executable, "-c", OTHERS, model],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.strip().endswith(str(kernels)), result.stdout
+
+
 def test_swapped_bert_in_the_interpreter():
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
