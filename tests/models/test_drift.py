@@ -171,8 +171,7 @@ def test_another_torch_is_read_from_its_sources(tmp_path):
         m for _, site in SITES for m in drift.replaced_methods(site.replacement) if m.package == "torch"
     ]
     modules = {method.name.rsplit(".", 2)[0] for method in methods}
-    if not modules:
-        pytest.skip("no adapter of torch's own layers")
+    assert modules
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.99.1+cpu'\ndebug = False\n")
     for module in modules:
