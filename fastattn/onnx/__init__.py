@@ -1,6 +1,7 @@
-"""ONNX: export of swapped models, and the exported model ready to run; onnx is imported only when called."""
+"""Export to ONNX, and running what was exported."""
 
 from fastattn.onnx.exporter import ExportResult, export
-from fastattn.onnx.runtime import OnnxModel, OnnxOutput, load
+from fastattn.onnx.runtime.load import load
+from fastattn.onnx.runtime.plain import OnnxModel, OnnxOutput
 
 __all__ = ["ExportResult", "OnnxModel", "OnnxOutput", "export", "load"]

@@ -1,94 +1,33 @@
-"""`fastattn.export`: a model's fused, padding-free ONNX graph in a folder, verified before it gets there."""
+"""`fastattn.export`: a model's fused ONNX graphs in a folder, verified before they get there."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastattn
 from fastattn.onnx.requirements import require
-from fastattn.onnx.runtime import MANIFEST, MODEL_FILE, OnnxModel
+from fastattn.onnx.result import ExportResult, verification_figures
+from fastattn.onnx.runtime.manifest import MANIFEST, SCHEMA, read_manifest, write_manifest
+from fastattn.onnx.stages import Stages
+from fastattn.onnx.staging import files_of, move, staging
+from fastattn.onnx.targets import PRECISIONS, TARGETS, Target
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from fastattn.onnx.source import Source
-    from fastattn.verification import VerificationReport
+    from fastattn.onnx.convert import Converted
+    from fastattn.onnx.graph_spec import GraphSpec, Source
 
 __all__ = ["ExportResult", "export"]
 
-PRECISIONS = ("fp32",)
-TARGETS = ("cpu",)
-LAYOUTS = ("auto",)
-
 # A protobuf file ends at 2 GiB; above this the weights go beside the graph.
 EXTERNAL_DATA_BYTES = 2**31 - 2**24
-EXTERNAL_DATA_FILE = f"{MODEL_FILE}.data"
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What `export` wrote.
-
-    Attributes:
-        folder: the output folder.
-        files: names of the files written, in order.
-        size_bytes: of the model and its external data.
-        task: what a Hugging Face model's head is for, else None.
-        outputs: names of the outputs.
-        nodes: nodes of the graph, subgraphs not counted.
-        fusions: fused nodes by kind.
-        verification: every comparison made; None where verify was False.
-    """
-
-    folder: Path
-    files: tuple[str, ...]
-    size_bytes: int
-    task: str | None
-    outputs: tuple[str, ...]
-    nodes: int
-    fusions: dict[str, int]
-    verification: VerificationReport | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "folder": str(self.folder),
-            "files": list(self.files),
-            "size_bytes": self.size_bytes,
-            "task": self.task,
-            "outputs": list(self.outputs),
-            "nodes": self.nodes,
-            "fusions": dict(self.fusions),
-            "verification": _verification_figures(self.verification),
-        }
-
-    def table(self) -> str:
-        """A summary: files, size, nodes, fusions, parity."""
-        from fastattn.report import format_table
-
-        figures = _verification_figures(self.verification)
-        parity = (
-            "not verified" if figures is None else f"{figures['worst_error']:.1e} ({figures['worst_case']})"
-        )
-        rows = [
-            ("folder", self.folder),
-            ("files", ", ".join(self.files)),
-            ("size", f"{self.size_bytes / 2**20:.1f} MiB"),
-            ("task", self.task or "(a module's own)"),
-            ("outputs", ", ".join(self.outputs)),
-            ("nodes", self.nodes),
-            *((f"fused {name}", count) for name, count in self.fusions.items()),
-            ("worst error, of the scale", parity),
-        ]
-        return format_table(("export", ""), rows)
 
 
 def export(
@@ -99,33 +38,42 @@ def export(
     task: str | None = None,
     tokenizer: Any = None,
     example_inputs: Mapping[str, Tensor] | None = None,
-    layouts: str = "auto",
+    layouts: str | Iterable[str] = "auto",
     verify: bool = True,
+    *,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    reference: Any = None,
 ) -> ExportResult:
-    """Export a Hugging Face BERT with any head, or a module of your own, to ONNX: fused, padding-free,
-    dynamic batch and sequence.
+    """Export a Hugging Face model with any head, or a module of your own, to ONNX: fused, padding-free,
+    dynamic.
 
     The model is not touched: a swapped one is exported as it is (with `padding="padded"` the graph pads), one
     that is not is swapped on a copy that shares its parameters. Either is exported in eval mode.
 
     Args:
-        model: BertModel or a Bert head, or, with example_inputs, any module that torch.export can trace, one
-            written by hand from torch.nn's or fastattn.layers' classes for example; weights of other devices
-            and dtypes are copied to the CPU and float32.
-        output_dir: gets model.onnx (with model.onnx.data above 2 GiB), config.json, fastattn.json, and the
-            tokenizer's files. Files of these names already there are replaced, once everything is written.
-        precision: "fp32".
-        target: "cpu": ONNX Runtime's CPU operators, opset 20 with com.microsoft 1.
-        task: found from the model's class; a task given must be that one.
-        tokenizer: saved beside the model.
-        example_inputs: the batch to trace with: input_ids, attention_mask and token_type_ids of one shape;
-            for a module of your own its forward's arguments by name, float32, int64, int32 or bool, in a
-            batch of at least two sequences whose length is another number.
-        layouts: "auto".
-        verify: compare the written file, in ONNX Runtime, with the unswapped model in PyTorch.
+        model: a transformers model, a SentenceTransformer, or, with example_inputs, any module that
+            torch.export can trace, one written by hand from torch.nn's or fastattn.layers' classes for
+            example; weights of other devices and dtypes are copied to the CPU and float32.
+        output_dir: gets the graphs (model.onnx, with model.onnx.data above 2 GiB; encoder-decoders
+            encoder_model.onnx and decoder_model_merged.onnx), config.json, fastattn.json, the tokenizer's
+            files, and what the layouts add. Files of an earlier export there are replaced, once everything is
+            written.
+        precision: "fp32"; "int8" (dynamic, or static with calibration); "int8-weight" and "int4-weight" for
+            decoding; "fp16" for target "cuda".
+        target: "cpu" and "web": ONNX Runtime's own operators; "cuda": those of its CUDA provider; "standard":
+            ai.onnx alone.
+        task: found from the model's class, in optimum's words; a task given must be one the model has the
+            head for. tokenizer: saved beside the model (or a processor). example_inputs: the batch to trace
+            with; for a module of your own its forward's arguments by name, float32, int64, int32 or bool, in
+            a batch of at least two sequences whose length is another number.
+        layouts: "auto", one name or several of `fastattn.onnx.layouts.LAYOUTS`.
+        verify: compare the written files, in ONNX Runtime, with the unswapped model in PyTorch.
+        calibration: batches of the model's inputs, for static int8.
+        reference: the model that verification compares with and the loss of precision is measured from;
+            default the model's own weights on the original layers.
 
     Returns:
-        The result: files, fusion counts, verification figures.
+        The result: files, fusion counts, what was quantized, verification figures.
 
     Raises:
         TypeError, ValueError: an argument that cannot be exported; nothing is written.
@@ -140,204 +88,201 @@ def export(
         ...     fastattn.export(transformers.BertModel(config), folder, verify=False).fusions["attention"]
         1
     """
-    for name, value, accepted in (
-        ("precision", precision, PRECISIONS),
-        ("target", target, TARGETS),
-        ("layouts", layouts, LAYOUTS),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name} is {value!r}; this version exports {', '.join(map(repr, accepted))}")
+    chosen = _checked_target(precision, target, calibration)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; it must have save_pretrained")
-    require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
+    require("onnx", "onnxscript", *(["onnxruntime"] if verify or precision != "fp32" else []))
+    if verify:
+        _require_provider(chosen)
     from fastattn.onnx.convert import convert
-    from fastattn.onnx.source import is_custom, prepare
+    from fastattn.onnx.layouts import LayoutContext, resolve_layouts, write_layouts
+    from fastattn.onnx.sources import prepare
 
     folder = Path(output_dir)
-    if example_inputs is not None and is_custom(model):
-        return _export_module(model, folder, precision, target, task, tokenizer, example_inputs, verify)
-    require("transformers")
-    with _staging(folder) as staging:
+    with staging(folder) as made, Stages() as stages:
+        stages.begin("preparing")
         source = prepare(model, task, example_inputs)
-        converted, fusions = convert(
-            source.fused, source.inputs, source.dimensions, source.longest, source.outputs
+        wanted = resolve_layouts(layouts, source, chosen)
+        converted: dict[str, Converted] = {}
+        for spec in source.graphs:
+            stages.begin(f"tracing {spec.name}")
+            converted[spec.name] = convert(spec, chosen)
+        _write_configs(source, tokenizer, made)
+        manifest = _manifest(source, precision, chosen, wanted, converted)
+        report = loss = speed = None
+        if verify or precision == "fp32":
+            _write_graphs(converted, manifest, made, chosen, stages)
+        if verify:
+            from fastattn.onnx.checks import check_export
+
+            stages.begin("verifying")
+            report = check_export(made, source, manifest)
+        if precision != "fp32":
+            from fastattn.onnx.quantization import quantize
+
+            for name, graph in converted.items():
+                stages.begin(f"quantizing {name}")
+                found = quantize(graph.model, precision, provider=chosen.provider, calibration=calibration)
+                manifest["decisions"] += [{"graph": name, **decision} for decision in found]
+            _write_graphs(converted, manifest, made, chosen, stages)
+        if verify:
+            stages.begin("measuring")
+            loss, speed = _measured(made, source, precision, reference)
+            manifest["verification"] = verification_figures(report, loss)
+        if wanted:
+            stages.begin("writing layouts")
+            write_layouts(LayoutContext(made, source, chosen, precision, tokenizer, manifest), wanted)
+        weights = sum(file.stat().st_size for file in made.glob("*.onnx*"))
+        manifest["files"] = sorted({*files_of(made), MANIFEST})
+        write_manifest(made, manifest)
+        move(made, folder, _files_before(folder))
+    return ExportResult(
+        folder=folder,
+        files=tuple(manifest["files"]),
+        size_bytes=weights,
+        task=source.task,
+        precision=precision,
+        target=target,
+        outputs=tuple(source.graphs[-1].outputs),
+        nodes=sum(entry["nodes"] for entry in manifest["graphs"].values()),
+        fusions=dict(sum((Counter(graph.fusions) for graph in converted.values()), Counter())),
+        verification=report,
+        loss=loss,
+        decisions=tuple(manifest["decisions"]),
+        layouts=wanted,
+        speed=speed,
+    )
+
+
+def _checked_target(precision: str, target: str, calibration: Any) -> Target:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, PRECISIONS))}")
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}; it must be one of {', '.join(map(repr, TARGETS))}")
+    chosen = TARGETS[target]
+    if precision not in chosen.precisions:
+        able = [name for name, each in TARGETS.items() if precision in each.precisions]
+        raise ValueError(
+            f"precision is {precision!r}, which target {target!r} does not run well; it takes "
+            f"{', '.join(map(repr, chosen.precisions))} ({precision!r} is for {', '.join(map(repr, able))})"
         )
-        _write_model(converted, staging, {"precision": precision, "target": target, "task": source.task})
-        _write_config(source, type(model).__name__, staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        manifest = _manifest(source, type(model).__name__, precision, target, fusions)
-        _write_json(staging / MANIFEST, manifest)
-        report = None
-        if verify:
-            from fastattn.onnx.check import check_export
-
-            report = check_export(OnnxModel(staging), source.reference, source.dimensions, source.longest)
-            _write_json(staging / MANIFEST, {**manifest, "verification": _verification_figures(report)})
-        files, size = _files_of(staging)
-        _move(staging, folder)
-    nodes = len(converted.graph)
-    return ExportResult(folder, files, size, source.task, source.outputs, nodes, fusions, report)
+    if calibration is not None and precision != "int8":
+        raise ValueError(f"calibration is for precision 'int8'; precision is {precision!r}")
+    return chosen
 
 
-def _files_of(staging: Path) -> tuple[tuple[str, ...], int]:
-    """Names of the files, in order, and the bytes of the model and its external data."""
-    files = tuple(sorted(entry.name for entry in staging.iterdir()))
-    return files, sum((staging / name).stat().st_size for name in files if name.startswith(MODEL_FILE))
+def _require_provider(target: Target) -> None:
+    import onnxruntime
 
-
-def _versions(*packages: str) -> dict[str, str]:
-    return {"fastattn": fastattn.__version__, **{name: version(name) for name in packages}}
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A temporary folder on the output's file system, gone at the end whatever happens.
-
-    Made before any work starts, so that a place that cannot be written is found at once: in the folder if it
-    exists (it may be a mount of its own), else in the nearest folder above it that does.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} exists and is not a folder")
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=".fastattn-export-", dir=place))
-    except OSError as error:
-        raise type(error)(f"{folder} cannot be written: {error.strerror}") from error
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move(staging: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (staging / EXTERNAL_DATA_FILE).exists():
-        (folder / EXTERNAL_DATA_FILE).unlink(missing_ok=True)
-    # The manifest last: a folder without it is not taken for an export.
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == MANIFEST):
-        os.replace(entry, folder / entry.name)
-
-
-def _export_module(
-    model: nn.Module,
-    folder: Path,
-    precision: str,
-    target: str,
-    task: str | None,
-    tokenizer: Any,
-    example_inputs: Mapping[str, Tensor],
-    verify: bool,
-) -> ExportResult:
-    """`export` of a module that is no Hugging Face model."""
-    from fastattn.onnx.convert import OPSET
-    from fastattn.onnx.module import DTYPES, check_module_export, convert_module, prepare_module
-
-    with _staging(folder) as staging:
-        source = prepare_module(model, task, example_inputs)
-        converted, fusions = convert_module(source)
-        _write_model(converted, staging, {"precision": precision, "target": target})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        manifest = {
-            "versions": _versions("torch", "onnx", "onnxscript"),
-            "architecture": type(model).__name__,
-            "task": None,
-            "precision": precision,
-            "target": target,
-            "opsets": {"ai.onnx": OPSET, "com.microsoft": 1},
-            "inputs": [
-                {
-                    "name": name,
-                    "dtype": DTYPES[tensor.dtype],
-                    "dimensions": source.dimensions[name],
-                    "bounds": source.bounds,
-                }
-                for name, tensor in source.inputs.items()
-            ],
-            "outputs": list(source.outputs),
-            "fusions": fusions,
-            "verification": None,
-        }
-        _write_json(staging / MANIFEST, manifest)
-        report = None
-        if verify:
-            report = check_module_export(OnnxModel(staging), source)
-            _write_json(staging / MANIFEST, {**manifest, "verification": _verification_figures(report)})
-        files, size = _files_of(staging)
-        _move(staging, folder)
-    return ExportResult(folder, files, size, None, source.outputs, len(converted.graph), fusions, report)
-
-
-def _write_model(model: Any, staging: Path, properties: dict[str, str]) -> None:
-    """Write model.onnx, an `onnx_ir.Model`, and check it."""
-    import onnx
-    import onnx_ir
-
-    model.producer_name, model.producer_version = "fastattn", fastattn.__version__
-    model.metadata_props.update({f"fastattn.{name}": value for name, value in properties.items()})
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    external = EXTERNAL_DATA_FILE if weights > EXTERNAL_DATA_BYTES else None
-    onnx_ir.save(model, staging / MODEL_FILE, external_data=external)
-    onnx.checker.check_model(str(staging / MODEL_FILE))
-
-
-def _write_config(source: Source, architecture: str, staging: Path) -> None:
-    source.config.architectures = [architecture]
-    source.config.save_pretrained(staging)
+    available = onnxruntime.get_available_providers()
+    if target.provider not in available:
+        raise ValueError(
+            f"target {target.name!r} cannot be verified here: onnxruntime has no {target.provider} (it has "
+            f"{', '.join(available)}); install a build that has it, or pass verify=False and verify where it runs"
+        )
 
 
 def _manifest(
-    source: Source, architecture: str, precision: str, target: str, fusions: dict[str, int]
+    source: Source, precision: str, target: Target, layouts: tuple[str, ...], converted: dict[str, Converted]
 ) -> dict[str, Any]:
-    from fastattn.onnx.convert import OPSET
-
-    # What stands in for an input left out, and the number of values it may have.
-    defaults = {"input_ids": None, "attention_mask": 1, "token_type_ids": 0}
-    limits = {
-        "input_ids": source.config.vocab_size,
-        "attention_mask": None,
-        "token_type_ids": source.config.type_vocab_size,
-    }
+    packages = ["torch", "onnx", "onnxscript", *(["transformers"] if source.config is not None else [])]
     return {
-        "versions": _versions("torch", "transformers", "onnx", "onnxscript"),
-        "architecture": architecture,
+        "schema": SCHEMA,
+        "versions": {"fastattn": fastattn.__version__, **{name: version(name) for name in packages}},
+        "architecture": source.architecture,
+        "kind": source.kind,
         "task": source.task,
         "precision": precision,
-        "target": target,
-        "opsets": {"ai.onnx": OPSET, "com.microsoft": 1},
-        "inputs": [
-            {
-                "name": name,
-                "dtype": "int64",
-                "dimensions": list(source.dimensions),
-                "longest": source.longest,
-                "default": defaults[name],
-                "limit": limits[name],
-            }
-            for name in source.inputs
-        ],
-        "outputs": list(source.outputs),
-        "fusions": fusions,
+        "target": target.name,
+        "opsets": target.opsets,
+        "graphs": {spec.name: _described(spec, converted[spec.name]) for spec in source.graphs},
+        "cache": source.cache,
+        "layouts": list(layouts),
+        "decisions": [],
         "verification": None,
     }
 
 
-def _verification_figures(report: VerificationReport | None) -> dict[str, Any] | None:
-    if report is None:
-        return None
-    worst = report.worst
+def _measured(
+    made: Path, source: Source, precision: str, reference: Any
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The loss of precision, where there is one, and the speed."""
+    from fastattn.onnx.checks.precision import check_precision
+    from fastattn.onnx.checks.speed import measure_speed
+    from fastattn.onnx.checks.whole_forward import WholeForward
+
+    run = WholeForward(made, source)
+    loss = None
+    if precision != "fp32" or reference is not None:
+        original = source.reference if reference is None else reference.eval()
+        loss = check_precision(run, precision, original)
+    return loss, measure_speed(run, source.reference)
+
+
+def _files_before(folder: Path) -> tuple[str, ...]:
+    """What an earlier export wrote in the folder."""
+    if not (folder / MANIFEST).is_file():
+        return ()
+    try:
+        return tuple(name for name in read_manifest(folder).get("files", ()) if ".." not in Path(name).parts)
+    except ValueError:
+        return ()
+
+
+def _write_graphs(
+    converted: Mapping[str, Converted], manifest: dict[str, Any], made: Path, target: Target, stages: Stages
+) -> None:
+    """Write every graph, check it, and write the manifest that says what is there."""
+    import onnx
+    import onnx_ir
+
+    for name, graph in converted.items():
+        stages.begin(f"writing {name}")
+        model, file = graph.model, made / f"{name}.onnx"
+        properties = {key: manifest[key] or "" for key in ("precision", "target", "task")}
+        decisions = [each for each in manifest["decisions"] if each["graph"] == name]
+        if decisions:
+            properties["decisions"] = json.dumps(decisions)
+        model.producer_name, model.producer_version = "fastattn", fastattn.__version__
+        model.metadata_props.update({f"fastattn.{key}": value for key, value in properties.items()})
+        weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+        external = f"{file.name}.data" if weights > EXTERNAL_DATA_BYTES else None
+        onnx_ir.save(model, file, external_data=external)
+        onnx.checker.check_model(str(file), full_check=not target.contrib)
+        manifest["graphs"][name]["nodes"] = len(model.graph)
+    write_manifest(made, manifest)
+
+
+def _described(spec: GraphSpec, converted: Converted) -> dict[str, Any]:
+    """The manifest's entry of a graph."""
     return {
-        "passed": report.passed,
-        "cases": sorted({result.case for result in report.results}),
-        "worst_case": f"{worst.output}, {worst.case}",
-        "worst_error": worst.error,
-        "tolerance": worst.tolerance,
+        "file": f"{spec.name}.onnx",
+        "nodes": len(converted.model.graph),
+        "inputs": [
+            {
+                "name": name,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "dimensions": list(converted.dimensions[name]),
+                "default": spec.defaults.get(name),
+                "limit": spec.value_limits.get(name),
+                "bounds": {
+                    size: limit
+                    for size, limit in converted.bounds.items()
+                    if size in converted.dimensions[name]
+                },
+            }
+            for name, tensor in spec.inputs.items()
+        ],
+        "outputs": list(spec.outputs),
+        "fusions": converted.fusions,
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _write_configs(source: Source, tokenizer: Any, made: Path) -> None:
+    if source.config is not None:
+        source.config.architectures = [source.architecture]
+        source.config.save_pretrained(made)
+    if source.generation_config is not None:
+        source.generation_config.save_pretrained(made)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(made)

@@ -1,0 +1,58 @@
+"""What a lower precision loses: a figure of its own beside parity, with a gate for each precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.onnx.checks.whole_forward import WholeForward
+from fastattn.verification import VerificationError, VerificationReport, adversarial_batches, real_positions
+from fastattn.verification.report import CaseResult
+
+__all__ = ["GATES", "check_precision"]
+
+# Mean cosine between the rows of an output and the reference's (a token's hidden state, a token's logits)
+# that a precision must keep, on the worst batch.
+GATES = {"fp32": 0.999999, "fp16": 0.9999, "int8": 0.99, "int8-weight": 0.999, "int4-weight": 0.9}
+
+
+def check_precision(run: WholeForward, precision: str, reference: nn.Module) -> dict[str, Any]:
+    """Cosine of every row of every output with the reference's, on batches with and without padding.
+
+    Returns:
+        "cosine_mean" and "cosine_min" of the worst output and batch, "worst" their names, "gate".
+
+    Raises:
+        VerificationError: a mean below the gate, or an output that is not finite.
+    """
+    gate = GATES[precision]
+    worst: tuple[float, float, str] = (2.0, 2.0, "")
+    for case, drawn in adversarial_batches(reference).items():
+        batch = run.batch(drawn)
+        mask = batch.get("attention_mask") if "decoder_input_ids" not in batch else None
+        found, expected = run.found(batch), run.expected(reference, batch)
+        for name, value in expected.items():
+            cosines = _cosines(name, found[name], value, mask)
+            if cosines.numel() == 0:
+                continue
+            mean = float(cosines.mean())
+            # Written so that a NaN is the worst.
+            if not mean >= worst[0]:
+                worst = (mean, float(cosines.min()), f"{name}, {case}")
+    mean, least, where = worst
+    if not mean >= gate:
+        report = VerificationReport()
+        note = f"mean cosine {mean:.5f} with the reference; {precision} must keep {gate}"
+        report.results.append(CaseResult(where, "precision", 1.0 - mean, 1.0 - gate, 1.0, False, note))
+        raise VerificationError(report)
+    return {"cosine_mean": mean, "cosine_min": least, "worst": where, "gate": gate}
+
+
+def _cosines(name: str, found: Tensor, expected: Tensor, mask: Tensor | None) -> Tensor:
+    """One a row of the last dimension at real positions; numbers without such a dimension are one row."""
+    found, expected = (real_positions(name, x, mask).double() for x in (found, expected))
+    if expected.dim() < 2 or expected.shape[-1] < 2:
+        found, expected = found.reshape(1, -1), expected.reshape(1, -1)
+    return torch.nn.functional.cosine_similarity(found.flatten(0, -2), expected.flatten(0, -2), dim=-1)

@@ -1,0 +1,1 @@
+"""Running what was exported: `fastattn.load` and the models it returns."""

@@ -1,0 +1,67 @@
+"""`fastattn.load`: what this package or `save_pretrained` wrote, ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastattn.onnx.requirements import require
+from fastattn.onnx.runtime.manifest import MANIFEST
+from fastattn.onnx.runtime.plain import OnnxModel
+
+__all__ = ["load"]
+
+
+def load(folder: Any, session_options: Any = None) -> Any:
+    """What `fastattn.export` or `save_pretrained` wrote, ready to run. Safetensors and ONNX, never pickle.
+
+    Args:
+        folder: a local folder.
+        session_options: an `onnxruntime.SessionOptions` for an exported folder. Default ONNX Runtime's own:
+            every graph optimization, one thread a physical core.
+
+    Returns:
+        For an exported folder an `OnnxModel`; for a folder of safetensors the transformers model, in eval
+        mode.
+
+    Raises:
+        ValueError: not such a folder, or a damaged one; the message says what was found.
+        ImportError: onnxruntime or transformers is missing.
+
+    Example:
+        >>> import fastattn
+        >>> fastattn.load("no-such-folder")
+        Traceback (most recent call last):
+        ...
+        ValueError: no-such-folder is not a folder
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder")
+    if (path / MANIFEST).is_file():
+        return OnnxModel(path, session_options)
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        if session_options is not None:
+            raise ValueError(f"session_options is for exported folders; {path} holds safetensors")
+        return _load_pretrained(path)
+    if any((path / name).is_file() for name in ("pytorch_model.bin", "model.pt")):
+        raise ValueError(
+            f"{path} holds pickled weights, which can run code when loaded: save the model again with "
+            "save_pretrained, which writes safetensors"
+        )
+    names = sorted(entry.name for entry in path.iterdir())[:8]
+    raise ValueError(
+        f"{path} is neither an export ({MANIFEST}, *.onnx) nor a saved model (config.json, "
+        f"*.safetensors); it holds {', '.join(names) if names else 'nothing'}"
+    )
+
+
+def _load_pretrained(path: Path) -> Any:
+    require("transformers")
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    architecture = (config.architectures or [""])[0]
+    model_class = getattr(transformers, architecture, transformers.AutoModel)
+    model = model_class.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    return model.eval()
