@@ -6,7 +6,8 @@ library.
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
+from setuptools.command.build import build
 
 ONNX = ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.31", "optimum>=2.3", "requests"]
 BENCH = ["pytest>=8", "pytest-benchmark[histogram]>=5", "plotly>=6", "psutil"]
@@ -30,6 +31,53 @@ TEST = [
     *DEMO,
 ]
 
+# Puts fastattn/optimum_hook, which holds nothing but optimum/commands/register/register_fastattn.py, on the path where
+# optimum is installed. In any other environment that file would make an empty package of its name.
+OPTIMUM_HOOK = (
+    "import os, sys; sys.path += [{folder}] if any(os.path.isfile("
+    "os.path.join(place, 'optimum', 'commands', 'optimum_cli.py')) for place in sys.path) else []\n"
+)
+
+
+class BuildOptimumHook(Command):
+    """Writes fastattn-optimum.pth beside the packages: into the wheel, or into an editable install's."""
+
+    description = "write the .pth file that gives optimum-cli the command `export fastattn`"
+    user_options = ()
+    editable_mode = False
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        if self.editable_mode:
+            # A folder of the checkout's, and a file that is no part of it.
+            place = Path(self.get_finalized_command("install").install_lib)
+            folder = repr(str(Path(__file__).resolve().parent / "fastattn" / "optimum_hook"))
+        else:
+            place = Path(self.build_lib)
+            # The line runs inside site.addpackage, which has the folder of this file as `sitedir`.
+            folder = "os.path.join(sys._getframe(1).f_locals['sitedir'], 'fastattn', 'optimum_hook')"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "fastattn-optimum.pth").write_text(OPTIMUM_HOOK.format(folder=folder), encoding="utf-8")
+
+    def get_outputs(self):
+        return [] if self.editable_mode else [str(Path(self.build_lib) / "fastattn-optimum.pth")]
+
+    def get_output_mapping(self):
+        return {}
+
+    def get_source_files(self):
+        return []
+
+
+class Build(build):
+    sub_commands = (*build.sub_commands, ("build_optimum_hook", None))
+
+
 setup(
     name="fastattn",
     version="0.1.0",
@@ -41,7 +89,7 @@ setup(
     packages=[*find_packages(include=["fastattn", "fastattn.*"]), "fastattn_kernels"],
     package_dir={"fastattn_kernels": "kernels/fastattn_kernels"},
     package_data={
-        "fastattn": ["py.typed", "**/*.txt", "**/*.html", "models/digests.json"],
+        "fastattn": ["py.typed", "**/*.txt", "**/*.html", "models/digests.json", "optimum_hook/**/*.py"],
         "fastattn_kernels": ["py.typed", "*.csv", "tuned/*.json"],
     },
     install_requires=["torch>=2.11", "numpy", "tqdm"],
@@ -55,5 +103,6 @@ setup(
         "test": TEST,
         "all": ["transformers>=5.17,<5.24", *ONNX, *BENCH, *EXPLAIN, *TRAIN, *TEST],
     },
+    cmdclass={"build": Build, "build_optimum_hook": BuildOptimumHook},
     entry_points={"console_scripts": ["fastattn=fastattn.cli:main"]},
 )

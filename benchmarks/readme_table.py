@@ -17,6 +17,7 @@ README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
 SCHEMA = "fastattn.results/1"
 FAMILIES = "fastattn.families/1"
+EXPORTS = "fastattn.exports/1"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 # Untouched contenders make the baseline's column; the others have one each.
@@ -34,6 +35,9 @@ def block(documents: list[dict[str, Any]]) -> str:
         if document["schema"] == FAMILIES:
             where = _where({"settings": {"device": "cpu"}, "environment": document["environment"]})
             parts += [f"**Every kind of architecture**, fp32, {where}", "", *_runs(document["results"]), ""]
+        elif document["schema"] == EXPORTS:
+            where = _where({"settings": {"device": "cpu"}, "environment": document["environment"]})
+            parts += [f"**Exports beside other ways to deploy**, {where}", "", *_exports(document), ""]
         else:
             for entry in document["models"]:
                 parts += [
@@ -73,6 +77,24 @@ def _runs(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _exports(document: dict[str, Any]) -> list[str]:
+    """Every contender of every run as benchmarks/exports.py measures them, then what is promised of ours."""
+    lines = ["| run | contender | median | over PyTorch |", "|---|---|---|---|"]
+    for each in document["results"]:
+        for row in each["rows"]:
+            name = f"**{row['name']}**" if row["highlight"] else row["name"]
+            time = "-" if row["median_ms"] is None else f"{row['median_ms']:.3g} ms"
+            ratio = row["ratio"]
+            speed = "1" if row["baseline"] else str(row["reason"] or "-").replace("|", "/")
+            if ratio is not None:
+                speed = f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            lines.append(f"| {each['run']} | {name} | {time} | {speed} |")
+    for figure in document["figures"]:
+        lines.append(f"| {figure['figure']} | fastattn | {figure['measured']} | |")
+    peers = ", ".join(f"{name} {number or 'not installed'}" for name, number in document["peers"].items())
+    return [*lines, "", f"Peers: {peers}."]
+
+
 def _table(result: dict[str, Any]) -> list[str]:
     rows = [row for each in result["measurements"] for row in each["rows"]]
     names = dict.fromkeys(row["name"] for row in rows if row["name"].rpartition(" ")[0] not in UNTOUCHED)
@@ -103,7 +125,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 def load(folder: Path) -> list[dict[str, Any]]:
     """Every committed result, by file name."""
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [document for document in documents if document.get("schema") in (SCHEMA, FAMILIES)]
+    return [document for document in documents if document.get("schema") in (SCHEMA, FAMILIES, EXPORTS)]
 
 
 def renewed(readme: str, documents: list[dict[str, Any]]) -> str:

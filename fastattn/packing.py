@@ -67,6 +67,8 @@ class Packing:
             for a GPU, and in a traced graph.
         order: int64 [B], which sequence of the batch each is, sorted by length on a CPU; None where they
             are in the batch's order.
+        hidden: bool [Tq], which of the computed tokens are padding that attention must not see as keys; None
+            where `key_rows` tells.
     """
 
     rows: Tensor
@@ -77,6 +79,24 @@ class Packing:
     length: int
     bounds: tuple[list[int], list[int]] | None = None
     order: Tensor | None = None
+    hidden: Tensor | None = None
+
+    @classmethod
+    def up_to_the_last_token(cls, mask: Tensor) -> Packing:
+        """The packing of a traced padding mask, bool [B, S], in which tokens are as far apart as in the batch.
+
+        A graph cannot tell on which side padding is. So all of a sequence is computed up to its last real token,
+        and the padding in it is a `hidden` key: on the right it is left out, elsewhere it is computed, as where
+        the original's positions are relative it must be.
+        """
+        batch_size, length = mask.shape
+        position = torch.arange(length, device=mask.device)
+        last = torch.where(mask, position, 0).amax(1, keepdim=True)
+        computed = position <= last
+        rows = computed.flatten().nonzero().squeeze(1)
+        bounds = _bounds(computed)
+        hidden = ~mask.flatten().index_select(0, rows)
+        return cls(rows, None, bounds, bounds, batch_size, length, hidden=hidden)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Packing | None:
@@ -123,7 +143,10 @@ class Packing:
 
     def pack_rows(self, x: Tensor) -> Tensor:
         """[B or 1, S, N] -> [1, Tq, N]: what belongs to the computed tokens, of one table or one each."""
-        return x[:, self.rows % self.length] if x.shape[0] == 1 else self.pack(x)
+        if x.shape[0] == 1 and not is_traced(self.rows):
+            return x[:, self.rows % self.length]
+        # No remainder of a symbol in a graph.
+        return self.pack(x.expand(self.batch_size, -1, -1))
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[1, Tq, N] -> [B, S, N], zeros where nothing was computed."""

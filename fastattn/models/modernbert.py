@@ -92,6 +92,8 @@ class ModernBertEncoderLayer(  # type: ignore[misc]
     fastattn_original = modeling_modernbert.ModernBertEncoderLayer
     # Rotary positions are gathered, but a window counts neighbours.
     relative_positions = True
+    # Layers with a window and without are given masks of their own, made of one.
+    one_padding = True
 
     def packed_arguments(
         self, packing: Packing, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -20,7 +20,7 @@ from fastattn.models.interface import attention_forward
 from fastattn.models.packed import PackedRegion
 from fastattn.ops.registration import runs_in_pytorch
 from fastattn.ops.validation import is_traced
-from fastattn.packing import Packing
+from fastattn.packing import Packing, can_pack
 
 __all__ = ["FAMILY"]
 
@@ -123,7 +123,7 @@ class _Stack(FusedLayer):
     ) -> Tensor | ops.RelativeBias:
         """Dense, once for all layers, where PyTorch computes attention; else the table it is read from."""
         table = self._table()
-        uneven = isinstance(mask, Packing) and mask.key_rows is not None
+        uneven = isinstance(mask, Packing) and (mask.key_rows is not None or mask.bounds is None)
         if table is not None and (uneven or not runs_in_pytorch(hidden_states)):
             return ops.RelativeBias(table, "mpnet", _MAX_DISTANCE)
         length = mask.length if isinstance(mask, Packing) else hidden_states.shape[1]
@@ -175,11 +175,14 @@ class MPNetEncoder(PackedRegion, _Stack, modeling_mpnet.MPNetEncoder):
 
 def padding_of(mask: Tensor) -> Tensor | None:
     """The padding mask, bool [B, S] with True = real, that an additive mask [B, 1, S, S] was made of; None
-    where it hides anything else, or cannot be read.
+    where it hides anything else, or cannot be read. In an export's trace nothing can be read, and it is one of
+    padding: the graph has no other input.
     """
-    if is_traced(mask) or mask.dim() != 4 or mask.shape[1] != 1 or not mask.is_floating_point():
+    if not can_pack(mask) or mask.dim() != 4 or mask.shape[1] != 1 or not mask.is_floating_point():
         return None
     first = mask[:, :, :1]
+    if is_traced(mask):
+        return first[:, 0, 0] == 0
     hidden = first <= torch.finfo(mask.dtype).min
     exact = bool(((first == 0) | hidden).all()) and bool((mask == first).all())
     return ~hidden[:, 0, 0] if exact else None

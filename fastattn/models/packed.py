@@ -29,6 +29,10 @@ class PackedRegion(FusedLayer):
     # a window). Then only padding on the right is left out.
     relative_positions: ClassVar[bool] = False
 
+    # Whether a call's masks [B, S] all tell of the one padding the model was given, though they are tensors of
+    # their own: in a graph they cannot be compared.
+    one_padding: ClassVar[bool] = False
+
     # On every swapped instance, the caller's choice.
     fastattn_padding: str = "auto"
 
@@ -85,15 +89,22 @@ class PackedRegion(FusedLayer):
             return None
         reason = self.cannot_pack(hidden_states, mask, args, kwargs)
         packing = None
-        if reason is None and ahead is not None and (ahead[0] is mask or _equal(ahead[0], mask)):
+        if reason is None and ahead is not None and (ahead[0] is mask or self._tells_the_same(ahead[0], mask)):
             return ahead[1]
-        if reason is None:
+        if reason is None and self.relative_positions and is_traced(mask):
+            packing = Packing.up_to_the_last_token(mask)
+        elif reason is None:
             packing = Packing.from_mask(mask)
             if packing is not None and self.relative_positions and not is_right_padded(mask):
                 packing, reason = None, "its padding is not on the right alone, and positions are relative"
         if reason is not None and self.fastattn_padding == "packed":
             raise PackingError(f'padding="packed" cannot be kept in this call: {reason}; use padding="auto"')
         return packing
+
+    def _tells_the_same(self, first: Tensor, second: Tensor) -> bool:
+        if first.shape != second.shape:
+            return False
+        return self.one_padding if is_traced(second) else torch.equal(first, second)
 
     def cannot_pack(
         self, hidden_states: Tensor, mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -108,8 +119,6 @@ class PackedRegion(FusedLayer):
             return "it uses a cache or cross-attention"
         if not can_pack(mask):
             return "a compiled graph cannot hold a number of tokens that depends on the mask"
-        if self.relative_positions and is_traced(mask):
-            return "a graph cannot tell on which side its padding is, and positions are relative"
         if any(argument is not None for argument in args):
             return "it is given arguments by position"
         if recorded_outputs():
@@ -117,10 +126,6 @@ class PackedRegion(FusedLayer):
         if getattr(getattr(self, "config", None), "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward divides the padded length"
         return _observer(self)
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    return not is_traced(second) and first.shape == second.shape and torch.equal(first, second)
 
 
 def _observer(region: nn.Module) -> str | None:

@@ -47,6 +47,8 @@ def packed_attention(
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     k, v = packing.keys(k), packing.keys(v)
+    if packing.hidden is not None:
+        q, k = _with_hidden_keys(q, k, packing.hidden)
     relative = position_bias if isinstance(position_bias, RelativeBias) else None
     dense = position_bias if isinstance(position_bias, Tensor) else None
     bounds = packing.bounds if runs_in_pytorch(query) else None
@@ -120,3 +122,16 @@ def packed_attention(
     )
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
+
+
+# Far below every score, and what is left of it after scaling.
+_HIDDEN = -1e9
+
+
+def _with_hidden_keys(query: Tensor, key: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and key [T, H, D] with one dimension more, whose product hides keys: a packed batch has no mask.
+
+    `hidden`: bool [T].
+    """
+    added = torch.where(hidden, _HIDDEN, 0.0).to(key.dtype)[:, None, None].expand(*key.shape[:2], 1)
+    return torch.cat((query, query.new_ones(*query.shape[:2], 1)), -1), torch.cat((key, added), -1)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, pad, rms_norm
+from transformers import AttentionInterface
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.t5 import modeling_t5
 
@@ -36,7 +37,7 @@ from fastattn.ops import RelativeBias
 from fastattn.ops.registration import runs_in_pytorch
 from fastattn.ops.relative_bias import bucket_of_distance
 from fastattn.ops.validation import is_traced
-from fastattn.packing import Packing
+from fastattn.packing import Packing, can_pack
 
 __all__ = ["FAMILY"]
 
@@ -169,7 +170,7 @@ class T5Attention(FusedLayer, modeling_t5.T5Attention):
         # A row of nothing but padding is packed as one query without keys, the bias of no part of a tensor.
         without_keys = isinstance(mask, Packing) and mask.key_rows is not None
         if relative is not None and (
-            without_keys or (_runs_kernels(query) and self.config._attn_implementation == NAME)
+            without_keys or (_runs_kernels(query) and _takes_relative_bias(self.config))
         ):
             return relative
         length, keys = query.shape[2], key.shape[2]
@@ -217,7 +218,14 @@ def _buckets(kind: str, count: int, furthest: int, device: torch.device) -> Tens
 
 
 def _runs_kernels(x: Tensor) -> bool:
-    return x.device.type != "cpu" if is_traced(x) else not runs_in_pytorch(x)
+    """On a GPU, and in an exported graph, which makes the bias of the table once for all layers."""
+    return (x.device.type != "cpu" or can_pack(x)) if is_traced(x) else not runs_in_pytorch(x)
+
+
+def _takes_relative_bias(config: Any) -> bool:
+    """Whether the attention function is ours, under whichever name."""
+    name = config._attn_implementation
+    return name == NAME or AttentionInterface().get(name) is attention_forward
 
 
 class _Part(ResidualLayer):

@@ -1,14 +1,13 @@
-"""From a swapped model to an ONNX graph: trace, translate one to one, rewrite, and count what was fused."""
+"""From a swapped model to an ONNX graph: trace, translate one to one, rewrite."""
 
 from __future__ import annotations
 
 import logging
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -16,23 +15,16 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from fastattn.onnx.dense_attention import within_fused_operator
-from fastattn.onnx.graph import CONTRIB_DOMAIN, arguments_by_name
+from fastattn.onnx.fusions import FusionError, check_promised, check_traced, checked_fusions, operations
+from fastattn.onnx.graph import CONTRIB_DOMAIN
 from fastattn.onnx.graph_spec import GraphSpec
 from fastattn.onnx.rewrites import rewrite
 from fastattn.onnx.targets import Target, current_target, using_target
 from fastattn.onnx.translations import TRANSLATIONS
-from fastattn.ops.attention_terms import AttentionTerms
 from fastattn.packing import data_dependent_shapes
 from fastattn.verification.comparison import named_tensors
 
-__all__ = ["Converted", "FusionError", "checked_fusions", "convert", "count_fusions", "to_onnx", "trace"]
-
-_TERMS = frozenset(field.name for field in fields(AttentionTerms))
-
-
-class FusionError(RuntimeError):
-    """The graph does not hold the fused nodes that the model's operations should have become."""
+__all__ = ["Converted", "FusionError", "convert", "to_onnx", "trace"]
 
 
 @dataclass(frozen=True)
@@ -57,27 +49,30 @@ def convert(spec: GraphSpec, target: Target) -> Converted:
 
     Raises:
         FusionError: an operation did not become its fused form, or one that `spec` promises is missing.
-        ValueError: an operation that cannot be exported (dropout above 0, an operator without a translation), or a
-            dimension that the model fixes though `spec` says that it varies.
+        ValueError: an operation that cannot be exported (dropout above 0, an operator without a translation), or
+            a dimension that the model fixes though `spec` says that it varies.
     """
     dynamic = {
         name: {
-            index: torch.export.Dim.AUTO(max=spec.limits[size]) if size in spec.limits else torch.export.Dim.AUTO
+            index: torch.export.Dim.AUTO(max=spec.limits[size])
+            if size in spec.limits
+            else torch.export.Dim.AUTO
             for index, size in enumerate(sizes)
             if isinstance(size, str)
         }
         for name, sizes in spec.dimensions.items()
     }
     program = trace(_Tensors(spec.module, spec.inputs), spec.inputs, dynamic)
+    check_traced(spec.traced, program)
     with using_target(target):
         model = to_onnx(program)
         found = checked_fusions(program, model)
         finished = {} if spec.finish is None else spec.finish(model)
     for name, count in finished.items():
         found[name] = found.get(name, 0) + count
-    _check_promised(spec.promised, found)
+    check_promised(spec.promised, found)
     for value in list(model.graph.initializers.values()):
-        value.name = str(value.name).removeprefix("module.")
+        value.name = re.sub(r"^(module\.)+", "", str(value.name))
     names = _name_dimensions(spec, model)
     bounds = {name: limit for name, limit in spec.limits.items() if name in names.values()}
     for symbol, constraint in program.range_constraints.items():
@@ -154,16 +149,8 @@ def to_onnx(program: Any) -> Any:
     return model
 
 
-def _operations(program: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The name and arguments of every fastattn operation in an exported program."""
-    for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.name.startswith("fastattn::"):
-            yield schema.name.removeprefix("fastattn::"), arguments_by_name(node.target, node.args)
-
-
 def _refuse_what_has_no_graph(program: Any) -> None:
-    for name, arguments in _operations(program):
+    for name, arguments in operations(program):
         if arguments.get("dropout_p", 0.0) > 0.0:
             raise ValueError(
                 f"fastattn::{name} is traced with dropout_p={arguments['dropout_p']}: dropout cannot be "
@@ -174,66 +161,6 @@ def _refuse_what_has_no_graph(program: Any) -> None:
                 "fastattn::rotary is traced in float64, and ONNX Runtime's operator computes in float32; "
                 "convert the model to float32"
             )
-
-
-def count_fusions(model: Any) -> dict[str, int]:
-    """The fused forms in a graph, subgraphs included: how many of each.
-
-    attention: MultiHeadAttention; packed_attention: those of them that run a sequence at a time;
-    add_layer_norm: LayerNormalization of a Sum; bias_gelu: a GELU of a product that adds its own bias.
-    """
-    found = Counter(attention=0, packed_attention=0, add_layer_norm=0, bias_gelu=0)
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.op_type == "MultiHeadAttention":
-            found["attention"] += 1
-            found["packed_attention"] += node.graph is not model.graph
-        elif node.op_type == "LayerNormalization":
-            found["add_layer_norm"] += _made_by(node.inputs[0]) == "Sum"
-        elif node.op_type in ("Gelu", "FastGelu"):
-            found["bias_gelu"] += _made_by(node.inputs[0]) == "Gemm"
-    return dict(found)
-
-
-def _made_by(value: Any) -> str | None:
-    node = value.producer()
-    while node is not None and node.op_type in ("Reshape", "Unsqueeze", "Squeeze"):
-        node = node.inputs[0].producer()
-    return None if node is None else str(node.op_type)
-
-
-def checked_fusions(program: Any, model: Any) -> dict[str, int]:
-    """Every operation of the traced model that has a fused form must be there in that form."""
-    wanted: Counter[str] = Counter()
-    for name, arguments in _operations(program):
-        if name in ("attention", "varlen_attention"):
-            fused = _becomes_fused_attention(arguments)
-            wanted["attention"] += fused
-            wanted["packed_attention"] += name == "varlen_attention" and fused
-        elif name in ("add_layer_norm", "bias_gelu"):
-            wanted[name] += 1
-    found = count_fusions(model)
-    _check_promised(wanted, found)
-    return found
-
-
-def _check_promised(promised: Mapping[str, int], found: Mapping[str, int]) -> None:
-    for name, count in promised.items():
-        if found.get(name, 0) < count:
-            raise FusionError(
-                f"of the model's {count} {name} operations {found.get(name, 0)} became fused nodes; "
-                "this is a defect of fastattn with this version of torch and onnxscript"
-            )
-
-
-def _becomes_fused_attention(arguments: Mapping[str, Any]) -> bool:
-    """Whether the fused operator must be there: the arguments are within its reach, or nearly all are."""
-    terms = AttentionTerms(**{name: x for name, x in arguments.items() if name in _TERMS})
-    query, key, mask = (arguments.get(name) for name in ("query", "key", "mask"))
-    assert query is not None and key is not None
-    # A mask of four dimensions may hide keys by query, which the fused operator cannot.
-    padding_mask = mask is None or mask.meta["val"].dim() == 2
-    heads, key_heads = (x.meta["val"].shape[1] for x in (query, key))
-    return within_fused_operator(terms) and padding_mask and bool(heads == key_heads)
 
 
 def _name_dimensions(spec: GraphSpec, model: Any) -> dict[str, str]:
@@ -255,9 +182,11 @@ def _name_dimensions(spec: GraphSpec, model: Any) -> dict[str, str]:
                 raise ValueError(
                     f"{spec.name}: the model fixes the dimension {wanted!r} of {name} to the example's {size}"
                 )
-            if symbol is None or not symbol.isidentifier() or not wanted.isidentifier() or symbol in names:
+            if symbol is None or not symbol.isidentifier() or symbol in names:
                 continue
-            names[symbol] = wanted if wanted not in names.values() else f"dimension_{len(names)}"
+            # What a source calls by one name is one size, though nothing in the graph may say so.
+            shared = wanted in names.values() and spec.fixes_sizes
+            names[symbol] = f"dimension_{len(names)}" if shared else wanted
     if not names:
         raise ValueError(
             "the module fixes the sizes of all its inputs to the example's; "

@@ -7,11 +7,19 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset20 as op
 
+from fastattn.onnx.cross_cache import is_chosen
 from fastattn.onnx.graph import CONTRIB_DOMAIN, computing_dtype, emit, number, vector
 from fastattn.onnx.score_terms import Positions, position_bias, present_keys, visible_keys
+from fastattn.onnx.standard_attention import standard_attention
 from fastattn.ops.attention_terms import AttentionTerms
 
-__all__ = ["MASKED_SCORE", "fused_attention", "plain_attention", "within_fused_operator"]
+__all__ = [
+    "MASKED_SCORE",
+    "fused_attention",
+    "operator_attention",
+    "plain_attention",
+    "within_fused_operator",
+]
 
 # Score of a hidden key in MultiHeadAttention: finite, or a row that sees nothing would be NaN; the operator's
 # own default of -10000 is within reach of real scores.
@@ -43,7 +51,9 @@ def fused_attention(query: Any, key: Any, value: Any, mask: Any | None, terms: A
     out = emit(
         "MultiHeadAttention",
         [
-            *(_length_major(x) for x in (query, key, value)),
+            _length_major(query),
+            # Those of a cross-attention's cache are taken as they lie.
+            *(x if is_chosen(x) else _length_major(x) for x in (key, value)),
             None,
             None if mask is None else _int32(mask),
             position_bias(terms, _positions(query, key, terms), query.dtype),
@@ -58,6 +68,28 @@ def fused_attention(query: Any, key: Any, value: Any, mask: Any | None, terms: A
         sees_something = op.Cast(op.ReduceMax(_int32(mask), [1], keepdims=1), to=ir.DataType.BOOL)
         out = op.Where(op.Unsqueeze(sees_something, [2]), out, number(0.0, query.dtype))
     return op.Transpose(op.Reshape(out, [0, 0, heads, head_dim]), perm=[0, 2, 1, 3])
+
+
+def operator_attention(query: Any, key: Any, value: Any, terms: AttentionTerms) -> Any:
+    """ai.onnx's Attention for every argument `within_standard_operator`.
+
+    Where the keys were made of rows by a transposition, as products make them, the operator gets the rows: the
+    transpositions cancel. Keys that stand by heads already, a cache's, are not moved.
+    """
+    heads = (query.shape[1], key.shape[1])
+    mask: Any = terms.mask
+    of_heads = mask is not None and len(mask.shape) == 4 and mask.shape[1] != 1
+    made = key.producer()
+    if of_heads or made is None or made.op_type != "Transpose":
+        return standard_attention(query, key, value, terms, heads=heads, dtype=query.dtype)
+    rows = standard_attention(
+        *(_length_major(x) for x in (query, key, value)),
+        terms,
+        heads=heads,
+        dtype=query.dtype,
+        length_major=True,
+    )
+    return op.Transpose(op.Reshape(rows, [0, 0, heads[0], value.shape[3]]), perm=[0, 2, 1, 3])
 
 
 def _positions(query: Any, key: Any, terms: AttentionTerms) -> Positions:

@@ -31,6 +31,7 @@ class GraphSpec:
         value_limits: an integer input's values lie below this.
         output_dimensions: names of the outputs' dimensions where they are worth telling, as `dimensions`.
         promised: fused nodes this graph must hold besides those the traced operations become, by kind.
+        traced: operations of fastattn's, by name, that the trace must hold at least.
         finish: rewrites of the source's own, after translation and `rewrites.rewrite`; returns fusions by
             kind. fixes_sizes: whether the module may fix a dimension that `dimensions` names (a user's own
             may).
@@ -46,6 +47,7 @@ class GraphSpec:
     value_limits: dict[str, int] = field(default_factory=dict)
     output_dimensions: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     promised: dict[str, int] = field(default_factory=dict)
+    traced: dict[str, int] = field(default_factory=dict)
     finish: Callable[[Any], dict[str, int]] | None = None
     fixes_sizes: bool = False
 
@@ -70,6 +72,8 @@ class Source:
             "layers", "kv_heads", "key_dim" and "value_dim" (of every layer, or a list of each layer's), and
             "cross_heads" where there is an encoder.
         generation_config: saved beside the model, for decoders.
+        original: the user's own object where the graphs are made of a part of it: a SentenceTransformer, whose
+            other files a layout may want.
     """
 
     kind: str
@@ -81,6 +85,7 @@ class Source:
     graphs: tuple[GraphSpec, ...]
     cache: dict[str, Any] | None = None
     generation_config: Any | None = None
+    original: Any | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

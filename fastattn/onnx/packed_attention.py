@@ -8,12 +8,14 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset20 as op
 
-from fastattn.onnx.dense_attention import plain_attention
-from fastattn.onnx.graph import CONTRIB_DOMAIN, Subgraph, emit, vector
+from fastattn.onnx.dense_attention import MASKED_SCORE, plain_attention
+from fastattn.onnx.graph import CONTRIB_DOMAIN, Subgraph, emit, number, vector
 from fastattn.onnx.score_terms import Positions, position_bias
+from fastattn.onnx.standard_attention import standard_attention
+from fastattn.onnx.targets import current_target
 from fastattn.ops.attention_terms import AttentionTerms
 
-__all__ = ["attend_each_sequence", "attend_padded"]
+__all__ = ["attend_by_key_lengths", "attend_each_sequence", "attend_padded"]
 
 
 def attend_each_sequence(
@@ -25,7 +27,7 @@ def attend_each_sequence(
     terms: AttentionTerms,
     default_start: bool,
 ) -> Any:
-    """One MultiHeadAttention a sequence, in a Loop: nothing is padded, nothing masked, no scores are held.
+    """The target's fused operator once a sequence, in a Loop: nothing is padded, nothing masked for it.
 
     On BERT-base, 8 sequences of up to 128 tokens at 47% fill, a layer's attention takes 2.4 ms this way, 10.5
     ms padded with Gather or ScatterND under a key mask, and 4.0 ms padded into GroupQueryAttention with
@@ -35,16 +37,17 @@ def attend_each_sequence(
     selects them itself: the table is never copied.
 
     Args:
-        query: [Tq, H, D].
-        key, value: [Tk, H, D], [Tk, H, Dv].
+        query: [Tq, Hq, D].
+        key, value: [Tk, Hkv, D], [Tk, Hkv, Dv].
         bounds_q, bounds_k: int32 or int64 [B + 1].
-        terms: the other arguments, `within_fused_operator`.
+        terms: the other arguments, `within_fused_operator` and with Hkv == Hq, or, where the target has no contrib
+            operators, `within_standard_operator`.
         default_start: each sequence's query_start is its keys less its queries, whatever `terms` say.
 
     Returns:
-        [Tq, H, Dv]; zeros where a sequence has no keys.
+        [Tq, Hq, Dv]; zeros where a sequence has no keys.
     """
-    heads, head_dim = query.shape[1], value.shape[2]
+    heads, key_heads, head_dim = query.shape[1], key.shape[1], value.shape[2]
     dtype = query.dtype
     int64, floats = ir.TensorType(ir.DataType.INT64), ir.TensorType(dtype)
     sequences = ir.SequenceType(floats)
@@ -74,16 +77,30 @@ def attend_each_sequence(
     else:
         rows = attend.add("Slice", [key_rows, start_k, end_k])
         key_part, value_part = (attend.add("Gather", [x, rows], axis=1) for x in (key, value))
-    inputs = [query_part, key_part, value_part]
-    if terms.depends_on_position:
-        queries, keys = attend.add("Sub", [end_q, start_q]), attend.add("Sub", [end_k, start_k])
-        if default_start:
-            terms = replace(terms, query_starts=attend.add("Sub", [keys, queries]))
-        elif terms.query_starts is not None:
-            terms = replace(terms, query_starts=attend.add("Gather", [terms.query_starts, index]))
-        bias = attend.record(lambda: position_bias(terms, Positions(queries, keys, terms), dtype))
-        inputs += [None, None, bias]
-    attended = attend.add("MultiHeadAttention", inputs, CONTRIB_DOMAIN, num_heads=heads, scale=terms.scale)
+    parts = (query_part, key_part, value_part)
+    queries, keys = attend.add("Sub", [end_q, start_q]), attend.add("Sub", [end_k, start_k])
+    if terms.depends_on_position and default_start:
+        terms = replace(terms, query_starts=attend.add("Sub", [keys, queries]))
+    elif terms.query_starts is not None:
+        terms = replace(terms, query_starts=attend.add("Gather", [terms.query_starts, index]))
+    positions = Positions(queries, keys, terms)
+    if current_target().contrib:
+        bias = attend.record(lambda: position_bias(terms, positions, dtype))
+        inputs = [*parts, None, None, bias] if bias is not None else parts
+        attended = attend.add(
+            "MultiHeadAttention", inputs, CONTRIB_DOMAIN, num_heads=heads, scale=terms.scale
+        )
+    else:
+        attended = attend.record(
+            lambda: standard_attention(
+                *parts,
+                terms,
+                heads=(heads, key_heads),
+                dtype=dtype,
+                positions=positions,
+                length_major=True,
+            )
+        )
     skip = Subgraph("nothing_to_attend")
     shape = skip.add("Concat", [one, skip.add("Sub", [end_q, start_q]), width], axis=0)
     zeros = skip.add("ConstantOfShape", [shape], value=ir.tensor([0.0], dtype=dtype))
@@ -99,6 +116,62 @@ def attend_each_sequence(
     ]
     loop = emit("Loop", [count, None, op.SequenceConstruct(nothing)], body=body.graph(results))
     return op.Reshape(op.ConcatFromSequence(loop, axis=1), [-1, heads, head_dim])
+
+
+def attend_by_key_lengths(
+    query: Any,
+    key: Any,
+    value: Any,
+    bounds_q: Any,
+    bounds_k: Any,
+    terms: AttentionTerms,
+    default_start: bool,
+) -> Any:
+    """One MultiHeadAttention over sequences padded for it alone, told how many keys each has.
+
+    For a GPU, where a loop would stall at each sequence; the graph waits for the host once, however many its layers
+    (they share the places of the rows). ONNX Runtime's PackedMultiHeadAttention, which would need no padding, takes
+    no keys but the queries' own, and a padded first token that a head reads is a query and no key.
+
+    Takes what `attend_each_sequence` takes, `within_fused_operator` and with as many key as query heads.
+
+    Returns:
+        [Tq, H, Dv]; zeros where a sequence has no keys.
+    """
+    heads, head_dim = query.shape[1], value.shape[2]
+    dtype = query.dtype
+    (key, key_rows), (value, _) = _selected_rows(key), _selected_rows(value)
+    bounds_q, bounds_k = (op.Cast(bounds, to=ir.DataType.INT64) for bounds in (bounds_q, bounds_k))
+    (starts_q, lengths_q), (starts_k, lengths_k) = (
+        _starts_and_lengths(bounds_q),
+        _starts_and_lengths(bounds_k),
+    )
+    slots_q, real = _slots(starts_q, lengths_q)
+    slots_k, _ = _slots(starts_k, lengths_k, key_rows)
+    padded = [_flat(_padded(x, slots)) for x, slots in ((query, slots_q), (key, slots_k), (value, slots_k))]
+    if default_start and terms.depends_on_position:
+        terms = replace(terms, query_starts=op.Sub(lengths_k, lengths_q))
+    queries, keys = (op.Shape(slots, start=1, end=2) for slots in (slots_q, slots_k))
+    bias = position_bias(terms, Positions(queries, keys, terms), dtype)
+    counts = op.Cast(lengths_k, to=ir.DataType.INT32)
+    counts.shape, counts.type = ir.Shape([None]), ir.TensorType(ir.DataType.INT32)
+    out = emit(
+        "MultiHeadAttention",
+        [*padded, None, counts, bias],
+        CONTRIB_DOMAIN,
+        num_heads=heads,
+        scale=terms.scale,
+        mask_filter_value=MASKED_SCORE,
+    )
+    # Where nothing may be attended the operator averages all values.
+    occupied = op.Unsqueeze(op.Greater(lengths_k, vector(0)), vector(1, 2))
+    out = op.Where(occupied, out, number(0.0, dtype))
+    return _joined(op.Reshape(out, vector(-1, heads, head_dim)), real)
+
+
+def _flat(x: Any) -> Any:
+    """[B, S, H, D] -> [B, S, H * D]."""
+    return op.Reshape(x, vector(0, 0, -1))
 
 
 def _selected_rows(x: Any) -> tuple[Any, Any | None]:
@@ -144,9 +217,11 @@ def attend_padded(
         _starts_and_lengths(bounds_q),
         _starts_and_lengths(bounds_k),
     )
-    padded_query, real = _pad(query, starts_q, lengths_q)
-    padded_key, _ = _pad(key, starts_k, lengths_k)
-    padded_value, _ = _pad(value, starts_k, lengths_k)
+    slots_q, real = _slots(starts_q, lengths_q)
+    slots_k, _ = _slots(starts_k, lengths_k)
+    padded_query, padded_key, padded_value = (
+        _padded(x, slots) for x, slots in ((query, slots_q), (key, slots_k), (value, slots_k))
+    )
     terms = replace(terms, key_lengths=lengths_k)
     if default_start and terms.depends_on_position:
         terms = replace(terms, query_starts=op.Sub(lengths_k, lengths_q))
@@ -158,14 +233,12 @@ def attend_padded(
         heads=(query.shape[1], key.shape[1]),
         dtype=query.dtype,
     )
-    flags = op.Reshape(real, [-1])
     heads, head_dim = query.shape[1], value.shape[2]
-    rows = op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), [-1, heads, head_dim])
-    packed = op.Compress(rows, flags, axis=0)
+    packed = _joined(op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), [-1, heads, head_dim]), real)
     if lse is None:
         return packed, None
     lse_rows = op.Reshape(op.Transpose(lse, perm=[0, 2, 1]), [-1, heads])
-    return packed, op.Transpose(op.Compress(lse_rows, flags, axis=0), perm=[1, 0])
+    return packed, op.Transpose(_joined(lse_rows, real), perm=[1, 0])
 
 
 def _starts_and_lengths(bounds: Any) -> tuple[Any, Any]:
@@ -173,13 +246,32 @@ def _starts_and_lengths(bounds: Any) -> tuple[Any, Any]:
     return starts, op.Sub(op.Slice(bounds, [1], [2**62], [0]), starts)
 
 
-def _pad(x: Any, starts: Any, lengths: Any) -> tuple[Any, Any]:
-    """[T, H, D] -> [B, longest, H, D], zeros past each length; and bool [B, longest]: the real slots."""
+def _slots(starts: Any, lengths: Any, rows: Any | None = None) -> tuple[Any, Any]:
+    """What stands where once the sequences are padded: int64 [B, longest], the row of a token (`rows` says which,
+    where it is not the next) counted from 1, 0 past a sequence's end; and bool [B, longest], what is a token.
+
+    Made of the bounds alone, so that all layers share it.
+    """
     # At least 1: ONNX Runtime cannot reduce over no keys.
     longest = op.ReduceMax(op.Concat(lengths, vector(1), axis=0), keepdims=0)
-    slots = op.Range(0, longest, 1)
-    real = op.Less(slots, op.Unsqueeze(lengths, [1]))
-    # Slots past a sequence's end read a row of zeros put after the last token.
+    numbers = op.Range(0, longest, 1)
+    real = op.Less(numbers, op.Unsqueeze(lengths, [1]))
+    slots = op.Where(real, op.Add(op.Add(op.Unsqueeze(starts, [1]), numbers), vector(1)), vector(0))
+    if rows is not None:
+        slots = op.Gather(op.Concat(vector(0), op.Add(rows, vector(1)), axis=0), slots, axis=0)
+    return slots, real
+
+
+def _padded(x: Any, slots: Any) -> Any:
+    """[T, H, D] -> [B, longest, H, D]: the rows that `_slots` names, 0 being one of zeros."""
     zeros = op.ConstantOfShape([1, x.shape[1], x.shape[2]], value=ir.tensor([0.0], dtype=x.dtype))
-    rows = op.Where(real, op.Add(op.Unsqueeze(starts, [1]), slots), op.Shape(x, start=0, end=1))
-    return op.Gather(op.Concat(x, zeros, axis=0), rows, axis=0), real
+    return op.Gather(op.Concat(zeros, x, axis=0), slots, axis=0)
+
+
+def _joined(rows: Any, real: Any) -> Any:
+    """[B * longest, ...] -> [T, ...]: the rows that `real` [B, longest] marks.
+
+    The places are found once for all layers: finding them makes a GPU wait.
+    """
+    places = op.Squeeze(op.NonZero(op.Reshape(real, [-1])), vector(0))
+    return op.Gather(rows, places, axis=0)

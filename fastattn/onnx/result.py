@@ -86,9 +86,8 @@ class ExportResult:
         ]
         if self.loss is not None:
             loss = self.loss
-            rows.append(
-                ("cosine, mean", f"{loss['cosine_mean']:.6f} (gate {loss['gate']}; {loss['worst']})"),
-            )
+            gate = "" if loss["gate"] is None else f"gate {loss['gate']}; "
+            rows.append(("cosine, mean", f"{loss['cosine_mean']:.6f} ({gate}{loss['worst']})"))
         if self.speed is not None:
             speed = self.speed
             rows.append(

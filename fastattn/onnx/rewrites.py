@@ -24,6 +24,7 @@ def rewrite(model: Any) -> dict[str, int]:
     common.InlinePass()(model)
     fold_constants(model)
     counts = {step.__name__: step(model) for step in REWRITES}
+    described = [(value.type, value.shape) for value in model.graph.outputs]
     Sequential(
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
@@ -33,6 +34,10 @@ def rewrite(model: Any) -> dict[str, int]:
         common.CommonSubexpressionEliminationPass(),
         common.NameFixPass(),
     )(model)
+    # An output that two nodes computed has no type any more once they are one (onnx_ir).
+    for value, (value_type, shape) in zip(model.graph.outputs, described, strict=True):
+        if value.type is None:
+            value.type, value.shape = value_type, shape
     return counts
 
 
@@ -69,6 +74,26 @@ def shorten_views(model: Any) -> int:
         if source is not node.inputs[0]:
             node.replace_input_with(0, source)
             count += 1
+    return count
+
+
+def join_products(model: Any) -> int:
+    """The product with a weight is a Gemm over rows, to which `fold_biases` can add; transformers' Conv1D holds
+    its weight the way MatMul takes it.
+    """
+    count = 0
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or weight.const_value is None or len(weight.shape) != 2:
+            continue
+        x = node.inputs[0]
+        rows = ir.node("Reshape", [x, _vector(model, -1, weight.shape[0])])
+        product = ir.node("Gemm", [rows.outputs[0], weight])
+        leading = ir.node("Shape", [x], attributes={"start": 0, "end": -1})
+        shape = ir.node("Concat", [leading.outputs[0], _vector(model, -1)], attributes={"axis": 0})
+        model.graph.insert_before(node, [rows, product, leading, shape])
+        _replace(node, "Reshape", [product.outputs[0], shape.outputs[0]])
+        count += 1
     return count
 
 
@@ -116,6 +141,14 @@ def _constant(value: Any) -> list[int] | None:
     return None if tensor is None else [int(x) for x in tensor.numpy().reshape(-1)]
 
 
+def _vector(model: Any, *elements: int) -> Any:
+    """A constant int64 vector."""
+    node = ir.node("Constant", [], attributes={"value_ints": list(elements)})
+    node.outputs[0].const_value = ir.tensor(elements, dtype=ir.DataType.INT64)
+    model.graph.insert_before(model.graph[0], node)
+    return node.outputs[0]
+
+
 def _replace(node: Any, op_type: str, inputs: list[Any], attributes: dict[str, Any] | None = None) -> None:
     """Put a node with one output in the place of `node`."""
     replacement = ir.node(op_type, inputs, attributes=attributes)
@@ -132,4 +165,4 @@ def _redirect(node: Any, value: Any) -> None:
     node.graph.remove(node, safe=True)
 
 
-REWRITES: tuple[Callable[[Any], int], ...] = (cancel_transposes, shorten_views, fold_biases)
+REWRITES: tuple[Callable[[Any], int], ...] = (cancel_transposes, shorten_views, join_products, fold_biases)

@@ -27,7 +27,7 @@ class Positions:
     """
 
     def __init__(self, queries: Any, keys: Any, terms: AttentionTerms) -> None:
-        self._queries, self._keys, self._terms = queries, keys, terms
+        self.queries, self._keys, self._terms = queries, keys, terms
         self._columns: Any = None
         self._distance: Any = None
 
@@ -45,7 +45,7 @@ class Positions:
             terms = self._terms
             start = terms.query_start if terms.query_starts is None else terms.query_starts
             start = vector(start) if isinstance(start, int) else op.Cast(start, to=ir.DataType.INT64)
-            rows = op.Unsqueeze(_numbers(self._queries), [1])
+            rows = op.Unsqueeze(_numbers(self.queries), [1])
             self._distance = op.Sub(self.columns, op.Add(rows, op.Reshape(start, vector(-1, 1, 1, 1))))
         return self._distance
 

@@ -1,7 +1,7 @@
-"""The ONNX face of every operation: one function each, emitting what ONNX Runtime's CPU runs fastest.
+"""The ONNX face of every operation: one function each, emitting what the current target runs fastest.
 
 Each takes its operator's arguments, tensors as ONNX values, and is called while `torch.onnx.export` records
-nodes. Opset 20 and com.microsoft version 1. Dropout is checked before translation: see
+nodes, for `targets.current_target()`. Dropout is checked before translation: see
 `fastattn.onnx.convert`.
 """
 
@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 
+import fastattn.onnx.cache_append  # noqa: F401 -- registers the operator
 import fastattn.ops  # noqa: F401 -- registers the operators
 from fastattn.onnx.attention_translations import attention, decode_attention, varlen_attention
+from fastattn.onnx.cross_cache import choose
+from fastattn.onnx.last_positions import last_positions
+from fastattn.onnx.cached_attention import append
 from fastattn.onnx.linear_translations import index_copy, linear, packed_linear, select
 from fastattn.onnx.norm_translations import (
     add_layer_norm,
@@ -33,6 +37,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.fastattn.attention.default: attention,
     torch.ops.fastattn.varlen_attention.default: varlen_attention,
     torch.ops.fastattn.decode_attention.default: decode_attention,
+    torch.ops.fastattn_graph.append.default: append,
     torch.ops.fastattn.layer_norm.default: layer_norm,
     torch.ops.fastattn.rms_norm.default: rms_norm,
     torch.ops.fastattn.add_layer_norm.default: add_layer_norm,
@@ -47,4 +52,6 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.linear.default: linear,
     torch.ops.aten.select.int: select,
     torch.ops.aten.index_copy.default: index_copy,
+    torch.ops.fastattn_onnx.last_positions.default: last_positions,
+    torch.ops.fastattn_onnx.cached_or_fresh.default: choose,
 }

@@ -25,22 +25,38 @@ class _Calls(nn.Module):
 
 
 class Exported:
-    """The cases in one ONNX Runtime session; `run` gives every case's outputs as a list of tensors."""
+    """The cases in one ONNX Runtime session; `run` gives every case's outputs as a list of tensors.
+
+    A graph for "cuda" runs on the CPU provider here, which has all its operators.
+    """
 
     def __init__(
-        self, cases: Mapping[str, Case], inputs: dict[str, Tensor], dynamic: dict[str, dict[int, str]]
+        self,
+        cases: Mapping[str, Case],
+        inputs: dict[str, Tensor],
+        dynamic: dict[str, dict[int, str]],
+        target: str = "cpu",
     ) -> None:
+        import onnx
         import onnxruntime
 
         from fastattn.onnx.convert import to_onnx, trace
+        from fastattn.onnx.fusions import check_operators
+        from fastattn.onnx.targets import TARGETS, using_target
 
         shapes = {name: dict.fromkeys(dynamic[name], torch.export.Dim.DYNAMIC) for name in inputs}
         self.program = trace(_Calls(cases), {"inputs": inputs}, {"inputs": shapes})
-        self.model = to_onnx(self.program)
+        self.target = target
+        with using_target(TARGETS[target]):
+            self.model = to_onnx(self.program)
         self.cases = dict(cases)
         import onnx_ir
 
-        content = onnx_ir.to_proto(self.model).SerializeToString()
+        check_operators(self.model, TARGETS[target])
+        assert_runtime_knows(self.model)
+        proto = onnx_ir.to_proto(self.model)
+        onnx.checker.check_model(proto, full_check=not TARGETS[target].contrib)
+        content = proto.SerializeToString()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -57,6 +73,36 @@ class Exported:
             results[name] = [torch.from_numpy(x) for x in found[position : position + count]]
             position += count
         return results
+
+
+def assert_runtime_knows(model: Any) -> None:
+    """Every contrib node has the inputs, outputs and attributes of ONNX Runtime's schema, required ones included."""
+    import onnx_ir
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+    schemas = {
+        schema.name: schema for schema in get_all_operator_schema() if schema.domain == "com.microsoft"
+    }
+    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain != "com.microsoft":
+            continue
+        assert node.op_type in schemas, node.op_type
+        schema = schemas[node.op_type]
+        unknown = set(node.attributes) - set(schema.attributes)
+        missing = {name for name, each in schema.attributes.items() if each.required} - set(node.attributes)
+        assert not unknown and not missing, (node.op_type, unknown, missing)
+        for values, formal in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
+            assert len(values) <= len(formal), node.op_type
+            for value, each in zip(values, formal, strict=False):
+                assert value is not None or "Optional" in str(each.option), (node.op_type, each.name)
+                if value is not None and value.dtype is not None:
+                    allowed = {t for c in schema.type_constraints if c.type_param_str == each.typeStr
+                               for t in c.allowed_type_strs} or {each.typeStr}  # fmt: skip
+                    given = f"tensor({value.dtype.name.lower()})"
+                    assert given.replace("tensor(float32)", "tensor(float)") in allowed, (
+                        node.op_type,
+                        each.name,
+                    )
 
 
 def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

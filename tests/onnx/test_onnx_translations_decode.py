@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -78,15 +80,20 @@ def inputs_of(batch, queries, capacity, blocks, lengths=None):
     }
 
 
-@pytest.fixture(scope="module")
-def exported():
+@functools.cache
+def export(target):
     inputs = inputs_of(3, 5, 20, 7)
     sizes = {3: "batch", 5: "queries", 7: "blocks", 20: "capacity"}
     dynamic = {
         name: {i: sizes[size] for i, size in enumerate(x.shape) if size in sizes}
         for name, x in inputs.items()
     }
-    return Exported(CASES, inputs, dynamic)
+    return Exported(CASES, inputs, dynamic, target)
+
+
+@pytest.fixture(scope="module", params=["cpu", "standard"])
+def exported(request):
+    return export(request.param)
 
 
 SHAPES = {

@@ -71,9 +71,9 @@ def inputs():
     }
 
 
-@pytest.fixture(scope="module")
-def results(inputs):
-    return Exported(CASES, inputs, {name: {} for name in inputs}).run(inputs)
+@pytest.fixture(scope="module", params=["cpu", "standard", "cuda"])
+def results(request, inputs):
+    return Exported(CASES, inputs, {name: {} for name in inputs}, request.param).run(inputs)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -93,14 +94,19 @@ def inputs_of(batch, length, columns):
     }
 
 
-@pytest.fixture(scope="module")
-def exported():
+@functools.cache
+def export(target):
     inputs = inputs_of(3, 5, 7)
     dynamic = {
         name: {i: "dynamic" for i, size in enumerate(x.shape) if size in (3, 5, 7)}
         for name, x in inputs.items()
     }
-    return Exported(CASES, inputs, dynamic)
+    return Exported(CASES, inputs, dynamic, target)
+
+
+@pytest.fixture(scope="module", params=["cpu", "standard"])
+def exported(request):
+    return export(request.param)
 
 
 @pytest.fixture(scope="module", params=[(3, 5, 7), (1, 2, 2), (6, 9, 4)], ids=str)

@@ -27,9 +27,14 @@ def check_export(folder: Path, source: Source, manifest: Mapping[str, Any]) -> V
 
 
 def _results(folder: Path, source: Source, manifest: Mapping[str, Any]) -> Iterator[CaseResult]:
-    from fastattn.onnx.checks import encoder, module
+    from fastattn.onnx.checks import decoder, encoder, encoder_decoder, module
 
+    if source.kind == "encoder-decoder":
+        encode, decode = (OnnxModel(folder, graph=spec.name) for spec in source.graphs)
+        return encoder_decoder.results(encode, decode, source)
     run = OnnxModel(folder)
+    if source.cache is not None:
+        return decoder.results(run.session, source, manifest["graphs"]["model"]["fusions"])
     if source.kind == "module":
         inputs = manifest["graphs"]["model"]["inputs"]
         dimensions = {entry["name"]: tuple(entry["dimensions"]) for entry in inputs}

@@ -15,11 +15,13 @@ __all__ = ["GATES", "check_precision"]
 
 # Mean cosine between the rows of an output and the reference's (a token's hidden state, a token's logits)
 # that a precision must keep, on the worst batch.
-GATES = {"fp32": 0.999999, "fp16": 0.9999, "int8": 0.99, "int8-weight": 0.999, "int4-weight": 0.9}
+GATES = {"fp16": 0.9999, "int8": 0.99, "int8-weight": 0.999, "int4-weight": 0.9}
 
 
 def check_precision(run: WholeForward, precision: str, reference: nn.Module) -> dict[str, Any]:
     """Cosine of every row of every output with the reference's, on batches with and without padding.
+
+    Of fp32 it is only told (a `reference` of other weights may be any distance away): its gate is parity's.
 
     Returns:
         "cosine_mean" and "cosine_min" of the worst output and batch, "worst" their names, "gate".
@@ -27,7 +29,7 @@ def check_precision(run: WholeForward, precision: str, reference: nn.Module) -> 
     Raises:
         VerificationError: a mean below the gate, or an output that is not finite.
     """
-    gate = GATES[precision]
+    gate = GATES.get(precision)
     worst: tuple[float, float, str] = (2.0, 2.0, "")
     for case, drawn in adversarial_batches(reference).items():
         batch = run.batch(drawn)
@@ -42,7 +44,7 @@ def check_precision(run: WholeForward, precision: str, reference: nn.Module) -> 
             if not mean >= worst[0]:
                 worst = (mean, float(cosines.min()), f"{name}, {case}")
     mean, least, where = worst
-    if not mean >= gate:
+    if gate is not None and not mean >= gate:
         report = VerificationReport()
         note = f"mean cosine {mean:.5f} with the reference; {precision} must keep {gate}"
         report.results.append(CaseResult(where, "precision", 1.0 - mean, 1.0 - gate, 1.0, False, note))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,6 @@ class Product:
 
     Attributes:
         node: the Gemm or MatMul.
-        rows: its activations, float32.
         weight: its constant weight, float32: [N, K] if `transposed`, as PyTorch stores it, else [K, N].
         transposed: how the weight is stored.
         bias: a constant of N elements, or None.
@@ -35,11 +34,15 @@ class Product:
     """
 
     node: Any
-    rows: Any
     weight: Any
     transposed: bool
     bias: Any | None = None
     alpha: float = 1.0
+
+    @property
+    def rows(self) -> Any:
+        """Its activations, which the rewriting of another product may have replaced."""
+        return self.node.inputs[0]
 
     @property
     def inputs(self) -> int:
@@ -120,7 +123,7 @@ def _sort_product(node: Any, found: Candidates) -> None:
     if not _is_matrix(weight):
         found.left["product", f"a weight {weight.dtype} {list(weight.shape)}, not a float32 matrix"] += 1
         return
-    product = _gemm(node) if node.op_type == "Gemm" else Product(node, first, weight, transposed=False)
+    product = _gemm(node) if node.op_type == "Gemm" else Product(node, weight, transposed=False)
     if product is None:
         found.left["product", "transposed activations, or a bias that is not one constant row"] += 1
     elif product.outputs < _FEWEST_OUTPUTS:
@@ -131,7 +134,7 @@ def _sort_product(node: Any, found: Candidates) -> None:
 
 def _gemm(node: Any) -> Product | None:
     attributes = node.attributes
-    rows, weight = node.inputs[:2]
+    weight = node.inputs[1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     transposed = bool(attributes.get_int("transB", 0))
     width = weight.shape[0 if transposed else 1]
@@ -143,7 +146,7 @@ def _gemm(node: Any) -> Product | None:
         or attributes.get_float("beta", 1.0) != 1.0
     ):
         return None
-    return Product(node, rows, weight, transposed, bias, attributes.get_float("alpha", 1.0))
+    return Product(node, weight, transposed, bias, attributes.get_float("alpha", 1.0))
 
 
 def constant(value: Any) -> Any | None:
@@ -162,6 +165,7 @@ def _finite(weight: Any) -> Tensor:
     array = weight.const_value.numpy()
     if not np.isfinite(array).all():
         raise ValueError(f"the weight {weight.name} {list(array.shape)} has elements that are not finite")
-    # A file mapped into memory cannot be written to, which torch remarks on; nothing here writes.
-    array.flags.writeable or (array := array.view())
-    return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        # A file mapped into memory cannot be written to, which torch remarks on; nothing here writes.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)

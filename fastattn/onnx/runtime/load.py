@@ -6,27 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.onnx.requirements import require
-from fastattn.onnx.runtime.manifest import MANIFEST
+from fastattn.onnx.runtime.manifest import MANIFEST, read_manifest
 from fastattn.onnx.runtime.plain import OnnxModel
 
 __all__ = ["load"]
 
 
-def load(folder: Any, session_options: Any = None) -> Any:
+def load(folder: Any, session_options: Any = None, provider: str | None = None) -> Any:
     """What `fastattn.export` or `save_pretrained` wrote, ready to run. Safetensors and ONNX, never pickle.
 
     Args:
         folder: a local folder.
         session_options: an `onnxruntime.SessionOptions` for an exported folder. Default ONNX Runtime's own:
             every graph optimization, one thread a physical core.
+        provider: an ONNX Runtime execution provider for an exported folder. Default that of the export's
+            target.
 
     Returns:
-        For an exported folder an `OnnxModel`; for a folder of safetensors the transformers model, in eval
-        mode.
+        For an exported Hugging Face model an optimum `OptimizedModel` that is called, and generates, as the
+        original; for an exported module of the user's own an `OnnxModel`, which needs neither torch nor
+        transformers; for a folder of safetensors the transformers model, in eval mode.
 
     Raises:
-        ValueError: not such a folder, or a damaged one; the message says what was found.
-        ImportError: onnxruntime or transformers is missing.
+        ValueError: not such a folder, a damaged one, or a provider that is not there; the message says what
+            was found.
+        ImportError: onnxruntime, transformers or optimum is missing.
 
     Example:
         >>> import fastattn
@@ -39,10 +43,19 @@ def load(folder: Any, session_options: Any = None) -> Any:
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder")
     if (path / MANIFEST).is_file():
-        return OnnxModel(path, session_options)
+        require("onnxruntime")
+        manifest = read_manifest(path)
+        if manifest["kind"] == "module":
+            return OnnxModel(path, session_options, provider=provider)
+        # optimum's tasks import requests, which it does not ask for itself.
+        require("torch", "transformers", "optimum", "requests")
+        from fastattn.onnx.runtime.pretrained import open_export
+
+        return open_export(path, manifest, provider, session_options)
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        if session_options is not None:
-            raise ValueError(f"session_options is for exported folders; {path} holds safetensors")
+        for name, value in (("session_options", session_options), ("provider", provider)):
+            if value is not None:
+                raise ValueError(f"{name} is for exported folders; {path} holds safetensors")
         return _load_pretrained(path)
     if any((path / name).is_file() for name in ("pytorch_model.bin", "model.pt")):
         raise ValueError(

@@ -12,29 +12,45 @@ MANIFEST = "fastattn.json"
 SCHEMA = 2
 
 _NEEDED = ("architecture", "kind", "precision", "target", "graphs")
+_NEEDED_OF_A_GRAPH = ("file", "inputs", "outputs")
+_NEEDED_OF_AN_INPUT = ("name", "dtype", "dimensions", "default", "limit", "bounds")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an exported folder.
 
     Raises:
-        ValueError: it is damaged, or of another version of this package.
+        ValueError: it is missing, damaged, or of another version of this package.
     """
     file = folder / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}; fastattn.export writes it")
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        schema = manifest.get("schema", 1)
-        if schema != SCHEMA:
-            raise ValueError(f"its schema is {schema}, this version of fastattn reads {SCHEMA}")
-        missing = [name for name in _NEEDED if name not in manifest]
-        if missing:
-            raise ValueError(f"it has no {missing[0]!r}")
-        for name, entry in manifest["graphs"].items():
-            if not {"file", "inputs", "outputs"} <= set(entry):
-                raise ValueError(f"its graph {name!r} lacks file, inputs or outputs")
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
+        schema = manifest.get("schema")
+        if isinstance(schema, int) and schema != SCHEMA:
+            raise ValueError(
+                f"{file} is of schema {schema}, this version of fastattn reads {SCHEMA}; "
+                f"{'update fastattn' if schema > SCHEMA else 'export the model again'}"
+            )
+        _check_keys(manifest, ("schema", *_NEEDED), "it")
+        for name, graph in manifest["graphs"].items():
+            _check_keys(graph, _NEEDED_OF_A_GRAPH, f"its graph {name!r}")
+            for entry in graph["inputs"]:
+                _check_keys(entry, _NEEDED_OF_AN_INPUT, f"an input of its graph {name!r}")
     except (ValueError, AttributeError, TypeError) as error:
+        if str(error).startswith(str(file)):
+            raise
         raise ValueError(f"{file} is damaged ({error}); export the model again") from error
     return manifest
+
+
+def _check_keys(entry: dict[str, Any], needed: tuple[str, ...], what: str) -> None:
+    missing = [name for name in needed if name not in entry]
+    if missing:
+        raise ValueError(f"{what} has no {missing[0]!r}")
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

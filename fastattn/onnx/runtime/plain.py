@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.onnx.requirements import require
-from fastattn.onnx.runtime.graph_session import GraphSession
+from fastattn.onnx.runtime.graph_session import open_graph
 from fastattn.onnx.runtime.manifest import read_manifest
-from fastattn.onnx.targets import TARGETS
 
 __all__ = ["OnnxModel", "OnnxOutput"]
 
@@ -54,11 +53,18 @@ class OnnxModel:
         session: the `onnxruntime.InferenceSession`.
     """
 
-    def __init__(self, folder: Path, session_options: Any = None, graph: str = "model") -> None:
+    def __init__(
+        self, folder: Path, session_options: Any = None, graph: str = "model", provider: str | None = None
+    ) -> None:
+        """Open one graph of an exported folder.
+
+        Raises:
+            ValueError: the folder is damaged, or has no such graph, or the provider is not there.
+            ImportError: onnxruntime is missing.
+        """
         require("onnxruntime")
         self.manifest = read_manifest(folder)
-        provider = TARGETS[self.manifest["target"]].provider
-        self._graph = GraphSession(folder, self.manifest["graphs"][graph], provider, session_options)
+        self._graph = open_graph(folder, self.manifest, graph, provider, session_options)
         self.session = self._graph.session
         self.inputs: list[dict[str, Any]] = self.manifest["graphs"][graph]["inputs"]
         self.input_names, self.output_names = self._graph.input_names, self._graph.output_names

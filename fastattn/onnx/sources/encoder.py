@@ -10,12 +10,21 @@ from torch import Tensor, nn
 
 from fastattn.onnx.graph_spec import GraphSpec, Source
 from fastattn.onnx.sources.copies import fused_and_reference
-from fastattn.onnx.sources.promises import promised_fusions
+from fastattn.onnx.sources.promises import traced_operations
 from fastattn.onnx.sources.tasks import infer_task
 from fastattn.verification.batches import forward_parameters
 from fastattn.verification.comparison import named_tensors
 
-__all__ = ["inputs_of", "limits_of", "prepare", "text_example"]
+__all__ = [
+    "checked_example",
+    "defaults",
+    "inputs_of",
+    "limits_of",
+    "only_tensors",
+    "prepare",
+    "text_example",
+    "value_limits",
+]
 
 
 def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Tensor] | None) -> Source:
@@ -50,9 +59,9 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
         dict.fromkeys(inputs, dimensions),
         outputs,
         limits=limits,
-        defaults={"attention_mask": 1, "token_type_ids": 0},
+        defaults=defaults(names),
         value_limits=value_limits(config, names),
-        promised=promised_fusions(fused, reference),
+        traced=traced_operations(fused),
     )
     return Source("encoder", found, type(model).__name__, original, fused, reference, (spec,))
 
@@ -89,6 +98,11 @@ def value_limits(config: Any, names: tuple[str, ...]) -> dict[str, int]:
     """How many values an input may have."""
     found = {"input_ids": int(config.vocab_size), "token_type_ids": _types(config)}
     return {name: limit for name, limit in found.items() if name in names}
+
+
+def defaults(names: tuple[str, ...]) -> dict[str, int]:
+    """What stands in where a caller leaves an input out, as in the original."""
+    return {name: default for name, default in {"attention_mask": 1, "token_type_ids": 0}.items() if name in names}
 
 
 def _types(config: Any) -> int:

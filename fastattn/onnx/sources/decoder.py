@@ -1,0 +1,190 @@
+"""Decoders: language models with their cache in and out, one graph for prefill and decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+
+from fastattn.models.dispatch import family_reason
+from fastattn.onnx.cached_attention import fusable, lower_appends
+from fastattn.onnx.fusions import FusionError
+from fastattn.onnx.graph_spec import GraphSpec, Source
+from fastattn.onnx.last_positions import LOGITS_TO_KEEP, give_default, keep_last_positions
+from fastattn.onnx.sources.copies import fused_and_reference
+from fastattn.onnx.sources.graph_cache import IMPLEMENTATION, graph_cache
+from fastattn.onnx.sources.tasks import infer_task
+from fastattn.onnx.targets import current_target
+from fastattn.verification.batches import forward_parameters
+
+__all__ = ["past_names", "prepare", "present_names"]
+
+# Of the example; no two sizes are equal, none is 1.
+_BATCH, _TOKENS, _PAST = 2, 3, 4
+
+
+def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Tensor] | None) -> Source:
+    """Check that `model` can be exported and make the copies; `model` itself is not touched.
+
+    Raises:
+        TypeError, ValueError: what is wrong with the model, the task or the example.
+    """
+    found = infer_task(model, task)
+    if example_inputs is not None:
+        raise ValueError(
+            f"example_inputs is given, but {type(model).__name__} says itself what it takes; leave it out"
+        )
+    fused, reference = fused_and_reference(model)
+    config: Any = fused.config
+    original: Any = type(config).from_dict(reference.config.to_dict())  # type: ignore[union-attr, operator]
+    for each in (fused, reference):
+        each_config: Any = each.config
+        each_config.return_dict = True
+        each_config.output_hidden_states = each_config.output_attentions = False
+    if family_reason(type(config)) is None:
+        config._attn_implementation = IMPLEMENTATION
+    if hasattr(config, "num_local_experts"):
+        # The chosen experts of every token in one product; the others' shapes depend on the router.
+        config._experts_implementation = "batched_mm"
+    module = _WithCache(fused)
+    shapes = _cache_shapes(reference)
+    inputs, dimensions = _inputs(module, shapes)
+    longest = _longest(reference)
+    layers = len(shapes)
+    spec = GraphSpec(
+        "model",
+        module,
+        inputs,
+        dimensions,
+        ("logits", *present_names(layers)),
+        limits={} if longest is None else {"past_sequence + sequence": longest},
+        defaults={LOGITS_TO_KEEP: 0},
+        value_limits={"input_ids": config.vocab_size, **({"position_ids": longest} if longest else {})},
+        finish=partial(_finish, fusable=sum(fusable(key.shape[3], value.shape[3]) for key, value in shapes)),
+    )
+    return Source(
+        "decoder",
+        found,
+        type(model).__name__,
+        original,
+        fused,
+        reference,
+        (spec,),
+        cache={
+            "layers": layers,
+            "kv_heads": _one_or_list([key.shape[1] for key, _ in shapes]),
+            "key_dim": _one_or_list([key.shape[3] for key, _ in shapes]),
+            "value_dim": _one_or_list([value.shape[3] for _, value in shapes]),
+        },
+        generation_config=getattr(model, "generation_config", None),
+    )
+
+
+def past_names(layers: int) -> tuple[str, ...]:
+    """The graph's cache inputs in order."""
+    return tuple(f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value"))
+
+
+def present_names(layers: int) -> tuple[str, ...]:
+    """The graph's cache outputs in order."""
+    return tuple(f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value"))
+
+
+class _WithCache(nn.Module):
+    """The model with its cache as tensors: logits, and present keys and values of every layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.takes_positions = "position_ids" in forward_parameters(model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: Tensor,
+        position_ids: Tensor | None = None,
+        **past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        tensors = list(past.values())
+        cache = graph_cache(list(zip(tensors[::2], tensors[1::2], strict=True)), attention_mask, input_ids)
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        hook = head.register_forward_pre_hook(lambda _, args: (keep_last_positions(args[0], logits_to_keep),))
+        try:
+            result = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=True,
+                **positions,
+            )
+        finally:
+            hook.remove()
+        present: list[Tensor] = []
+        for layer in cache.layers:
+            assert layer.present is not None, "a layer did not ask the cache"
+            present += layer.present
+        return result[0], *present
+
+
+def _cache_shapes(reference: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values a forward of the original leaves in its cache, for what their heads are."""
+    tokens = torch.ones(1, 2, dtype=torch.int64)
+    with torch.no_grad():
+        cache = reference(input_ids=tokens, attention_mask=tokens, use_cache=True).past_key_values
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _inputs(
+    module: _WithCache, shapes: list[tuple[Tensor, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, tuple[str | int, ...]]]:
+    """The example and the dimensions' names."""
+    total = _PAST + _TOKENS
+    mask = torch.ones(_BATCH, total, dtype=torch.int64)
+    mask[0, :2] = 0
+    inputs = {"input_ids": torch.arange(_BATCH * _TOKENS).view(_BATCH, _TOKENS), "attention_mask": mask}
+    dimensions: dict[str, tuple[str | int, ...]] = {
+        "input_ids": ("batch_size", "sequence"),
+        "attention_mask": ("batch_size", "past_sequence + sequence"),
+    }
+    if module.takes_positions:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -_TOKENS:].contiguous()
+        dimensions["position_ids"] = ("batch_size", "sequence")
+    names = iter(past_names(len(shapes)))
+    for pair in shapes:
+        for each in pair:
+            name, (_, heads, _, head_dim) = next(names), each.shape
+            inputs[name] = torch.zeros(_BATCH, heads, _PAST, head_dim)
+            dimensions[name] = ("batch_size", heads, "past_sequence", head_dim)
+    inputs[LOGITS_TO_KEEP], dimensions[LOGITS_TO_KEEP] = torch.tensor([0]), (1,)
+    return inputs, dimensions
+
+
+def _longest(model: nn.Module) -> int | None:
+    """How many positions the model has."""
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    return None if longest is None else int(longest)
+
+
+def _one_or_list(sizes: list[int]) -> int | list[int]:
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
+def _finish(model: ir.Model, fusable: int) -> dict[str, int]:
+    """Raises FusionError where fewer than the `fusable` layers became one node over the cache."""
+    give_default(model)
+    served = lower_appends(model)
+    if served < fusable and current_target().contrib:
+        raise FusionError(
+            f"of {fusable} layers' attention {served} became GroupQueryAttention; this is a defect of fastattn "
+            "with this version of torch and transformers"
+        )
+    common.NameFixPass()(model)
+    return {"cached_attention": served}
