@@ -14,7 +14,7 @@ ARGS ?=
 
 USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: environment demo test bench lint aot-full aot-table digests models clean
+.PHONY: environment demo test test-optimum test-browser bench lint aot-full aot-table digests models clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastattn demo $(ARGS)
@@ -75,6 +75,39 @@ models: $(INSTALLED) $(MODELS_TESTED:%=.venv-transformers/%)
 $(TRANSFORMERS_FOLDERS): .venv-transformers/%: | $(INSTALLED)
 	$(PIP) install --quiet --no-deps --target $@ transformers==$*
 
+# What fastattn exports, read by others. optimum, sentence-transformers and onnxruntime-genai live in an environment
+# of their own, .venv-optimum, without fastattn; transformers.js in headless Chromium, from .venv-browser. .venv makes
+# the folders and the answers that are right. SERVING is where they go; Chromium is looked for, or BROWSER_PATH.
+SERVING ?= .venv-serving
+OPTIMUM := .venv-optimum/.installed
+BROWSER := .venv-browser/.installed
+
+test-optimum: $(INSTALLED) $(OPTIMUM)
+	rm -rf $(SERVING)/optimum
+	$(BIN)/python tests/serving/export_cases.py $(SERVING)/optimum optimum
+	PYTHONPATH= .venv-optimum/bin/python tests/serving/optimum_answers.py $(SERVING)/optimum
+	PYTHONPATH= .venv-optimum/bin/python tests/serving/genai_answers.py $(SERVING)/optimum
+
+test-browser: $(INSTALLED) $(BROWSER)
+	rm -rf $(SERVING)/browser
+	$(BIN)/python tests/serving/export_cases.py $(SERVING)/browser browser
+	node tests/serving/browser/run.mjs $(SERVING)/browser .venv-browser/node_modules $(SERVING)/screenshots
+	@echo "screenshots are in $(SERVING)/screenshots"
+
+$(OPTIMUM): constraints/serve-optimum.txt | $(INSTALLED)
+	$(BIN)/python -m venv --clear .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+$(BROWSER): tests/serving/browser/package.json
+	@for tool in node npm; do command -v $$tool > /dev/null || { \
+	    echo "make test-browser needs $$tool: install Node.js 20 or newer (nodejs.org, or your system's packages)" >&2; \
+	    exit 1; }; done
+	mkdir -p .venv-browser
+	cp $< .venv-browser/
+	npm install --prefix .venv-browser --ignore-scripts --no-audit --no-fund --no-package-lock
+	@touch $@
+
 # Only its Python sources are read: macOS's wheel is the smallest.
 $(TORCH_FOLDERS): .venv-torch/%: | $(INSTALLED)
 	$(PIP) install --quiet --no-deps --only-binary=:all: --python-version 3.11 --platform macosx_11_0_arm64 \
@@ -101,5 +134,5 @@ $(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS)
 
 # Removes what the targets above made, the environment and the demo's report included.
 clean:
-	rm -rf $(VENV) .venv-triton .venv-transformers .venv-torch build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-triton .venv-transformers .venv-torch .venv-optimum .venv-browser .venv-serving build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,8 +31,8 @@ TEST = [
     *DEMO,
 ]
 
-# Puts fastattn/optimum_hook, which holds nothing but optimum/commands/register/register_fastattn.py, on the path where
-# optimum is installed. In any other environment that file would make an empty package of its name.
+# Puts fastattn/optimum_hook, which holds nothing but optimum/commands/register/register_fastattn.py, on the
+# path where optimum is installed. In any other environment that file would make an empty package of its name.
 OPTIMUM_HOOK = (
     "import os, sys; sys.path += [{folder}] if any(os.path.isfile("
     "os.path.join(place, 'optimum', 'commands', 'optimum_cli.py')) for place in sys.path) else []\n"

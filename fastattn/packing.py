@@ -83,11 +83,12 @@ class Packing:
 
     @classmethod
     def up_to_the_last_token(cls, mask: Tensor) -> Packing:
-        """The packing of a traced padding mask, bool [B, S], in which tokens are as far apart as in the batch.
+        """The packing of a traced padding mask, bool [B, S], in which tokens are as far apart as in the
+        batch.
 
-        A graph cannot tell on which side padding is. So all of a sequence is computed up to its last real token,
-        and the padding in it is a `hidden` key: on the right it is left out, elsewhere it is computed, as where
-        the original's positions are relative it must be.
+        A graph cannot tell on which side padding is. So all of a sequence is computed up to its last real
+        token, and the padding in it is a `hidden` key: what is on the right is left out, and what is
+        elsewhere computed, as it must be where positions are relative.
         """
         batch_size, length = mask.shape
         position = torch.arange(length, device=mask.device)

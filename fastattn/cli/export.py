@@ -106,7 +106,9 @@ def _lines(file: str) -> list[str]:
 
 def _batches(texts: list[str], tokenizer: Any) -> Iterator[dict[str, Any]]:
     if tokenizer is None:
-        raise UserError("--calibration needs the model's tokenizer, and it has none; call fastattn.export instead")
+        raise UserError(
+            "--calibration needs the model's tokenizer, and it has none; call fastattn.export instead"
+        )
     for start in range(0, len(texts), _BATCH):
         batch = tokenizer(texts[start : start + _BATCH], padding=True, truncation=True, return_tensors="pt")
         yield dict(batch)

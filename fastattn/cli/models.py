@@ -20,8 +20,8 @@ MODEL_HELP = (
 
 
 def load_model(name: str) -> tuple[Any, Any]:
-    """The model, in eval mode, and what prepares its inputs: a tokenizer, or a processor where it takes images or
-    recordings (None where there is none).
+    """The model, in eval mode, and what prepares its inputs: a tokenizer, or a processor where it takes
+    images or recordings (None where there is none).
 
     The class is the task head named in the model's config, else the bare model.
 
@@ -82,14 +82,22 @@ def _folder(name: str) -> str | Path:
     return path if path.is_dir() else name
 
 
+# What a model is given beside text -> the classes that prepare it, the most that is there first.
+_PREPROCESSORS = {
+    "pixel_values": ("AutoProcessor", "AutoImageProcessor"),
+    "input_features": ("AutoProcessor", "AutoFeatureExtractor"),
+}
+
+
 def _load_preprocessor(transformers: Any, folder: str | Path, model: Any) -> Any:
-    named = "AutoTokenizer" if model.main_input_name == "input_ids" else "AutoProcessor"
-    # CLIP's main input are the images, or the tokens that come with them.
-    named = "AutoProcessor" if "pixel_values" in signature(model.forward).parameters else named
-    try:
-        return getattr(transformers, named).from_pretrained(folder)
-    except (OSError, ValueError, ImportError):
-        return None
+    inputs = signature(model.forward).parameters
+    named = [names for name, names in _PREPROCESSORS.items() if name in inputs]
+    for name in named[0] if named else ("AutoTokenizer",):
+        try:
+            return getattr(transformers, name).from_pretrained(folder)
+        except (OSError, ValueError, ImportError):
+            continue
+    return None
 
 
 def _minilm_folder() -> Path:

@@ -175,8 +175,8 @@ class MPNetEncoder(PackedRegion, _Stack, modeling_mpnet.MPNetEncoder):
 
 def padding_of(mask: Tensor) -> Tensor | None:
     """The padding mask, bool [B, S] with True = real, that an additive mask [B, 1, S, S] was made of; None
-    where it hides anything else, or cannot be read. In an export's trace nothing can be read, and it is one of
-    padding: the graph has no other input.
+    where it hides anything else, or cannot be read. In an export's trace nothing can be read, and it is one
+    of padding: the graph has no other input.
     """
     if not can_pack(mask) or mask.dim() != 4 or mask.shape[1] != 1 or not mask.is_floating_point():
         return None

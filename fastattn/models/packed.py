@@ -29,8 +29,8 @@ class PackedRegion(FusedLayer):
     # a window). Then only padding on the right is left out.
     relative_positions: ClassVar[bool] = False
 
-    # Whether a call's masks [B, S] all tell of the one padding the model was given, though they are tensors of
-    # their own: in a graph they cannot be compared.
+    # Whether a call's masks [B, S] all tell of the one padding the model was given, though they are tensors
+    # of their own: in a graph they cannot be compared.
     one_padding: ClassVar[bool] = False
 
     # On every swapped instance, the caller's choice.
@@ -89,7 +89,11 @@ class PackedRegion(FusedLayer):
             return None
         reason = self.cannot_pack(hidden_states, mask, args, kwargs)
         packing = None
-        if reason is None and ahead is not None and (ahead[0] is mask or self._tells_the_same(ahead[0], mask)):
+        if (
+            reason is None
+            and ahead is not None
+            and (ahead[0] is mask or self._tells_the_same(ahead[0], mask))
+        ):
             return ahead[1]
         if reason is None and self.relative_positions and is_traced(mask):
             packing = Packing.up_to_the_last_token(mask)

@@ -1,4 +1,4 @@
-"""The operation that stands for a cache's growth while a decoder is traced; `cached_attention` translates it."""
+"""The operation that stands for a cache's growth in a decoder's trace; `cached_attention` translates it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Attention over a decoder's cache: com.microsoft.GroupQueryAttention, which appends to the cache itself.
 
 The past and the present of a layer may be one buffer there, longer than what it holds; how much that is the
-attention mask's length says. Where its kernel cannot serve, past and new keys are joined and attended plainly.
+attention mask's length says. Where its kernel cannot serve, past and new keys are joined and attended
+plainly.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from onnxscript import evaluator
 from onnxscript import opset20 as op
 
 from fastattn.onnx.graph import CONTRIB_DOMAIN, emit, number, vector
+from fastattn.onnx.rewriting import redirect
 from fastattn.onnx.score_terms import Positions, position_bias
 from fastattn.onnx.targets import current_target
 from fastattn.ops.attention_terms import AttentionTerms
@@ -31,8 +33,8 @@ _HIDDEN = {ir.DataType.FLOAT: -3.0e38, ir.DataType.FLOAT16: -6.0e4}
 
 @dataclass(frozen=True)
 class Appended:
-    """The arguments of a traced `append`, graph values: past and new [B, H, P | S, D], the attention mask [B, T],
-    the tokens [B, S].
+    """The arguments of a traced `append`, graph values: past and new [B, H, P | S, D], the attention mask
+    [B, T], the tokens [B, S].
     """
 
     past: Any
@@ -109,9 +111,7 @@ def attend_appended(query: Any, key: Appended, value: Appended, terms: Attention
         attributes["local_window_size"] = terms.window_left + 1
     if not terms.causal:
         attributes["causal"] = 0
-    node = ir.node(
-        "GroupQueryAttention", inputs, attributes=attributes, domain=CONTRIB_DOMAIN, num_outputs=3
-    )
+    node = ir.node("GroupQueryAttention", inputs, attributes=attributes, domain=CONTRIB_DOMAIN, num_outputs=3)
     # While torch.onnx translates, the default evaluator is its recorder.
     evaluator.default().nodes.append(node)
     out = op.Reshape(node.outputs[0], [0, 0, heads, query.shape[3]])
@@ -146,8 +146,11 @@ def _int32(value: int) -> Any:
 
 
 def _length_major(x: Any) -> Any:
-    """[B, H, S, D] -> [B, S, H * D]."""
-    return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, x.shape[1] * x.shape[3]])
+    """[B, H, S, D] -> [B, S, H * D]; the shape is told, by which `decoder_rewrites` finds it made already."""
+    batch, heads, length, width = x.shape
+    rows = op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, heads * width])
+    rows.shape, rows.type = ir.Shape([batch, length, heads * width]), ir.TensorType(x.dtype)
+    return rows
 
 
 def lower_appends(model: Any) -> int:
@@ -162,7 +165,7 @@ def lower_appends(model: Any) -> int:
         served += 1
         for past, present in zip(node.inputs[3:5], node.outputs[1:3], strict=True):
             (old,) = [use.node for use in past.uses() if use.node.op_type == _APPEND]
-            _redirect(old, present)
+            redirect(old, present)
     for node in list(model.graph):
         if node.op_type == _APPEND:
             _join(node)
@@ -177,12 +180,4 @@ def _join(node: Any) -> None:
     past, new = node.inputs[:2]
     joined = ir.node("Concat", [past, new], attributes={"axis": 2})
     node.graph.insert_before(node, joined)
-    _redirect(node, joined.outputs[0])
-
-
-def _redirect(node: Any, value: Any) -> None:
-    """Let everything that used the output of `node` use `value`, and take `node` out."""
-    old = node.outputs[0]
-    value.shape, value.type, value.name = old.shape, old.type, old.name
-    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-    node.graph.remove(node, safe=True)
+    redirect(node, joined.outputs[0])

@@ -49,8 +49,8 @@ def convert(spec: GraphSpec, target: Target) -> Converted:
 
     Raises:
         FusionError: an operation did not become its fused form, or one that `spec` promises is missing.
-        ValueError: an operation that cannot be exported (dropout above 0, an operator without a translation), or
-            a dimension that the model fixes though `spec` says that it varies.
+        ValueError: an operation that cannot be exported (dropout above 0, an operator without a translation),
+            or a dimension that the model fixes though `spec` says that it varies.
     """
     dynamic = {
         name: {

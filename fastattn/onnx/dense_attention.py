@@ -73,8 +73,8 @@ def fused_attention(query: Any, key: Any, value: Any, mask: Any | None, terms: A
 def operator_attention(query: Any, key: Any, value: Any, terms: AttentionTerms) -> Any:
     """ai.onnx's Attention for every argument `within_standard_operator`.
 
-    Where the keys were made of rows by a transposition, as products make them, the operator gets the rows: the
-    transpositions cancel. Keys that stand by heads already, a cache's, are not moved.
+    Where the keys were made of rows by a transposition, as products make them, the operator gets the rows:
+    the transpositions cancel. Keys that stand by heads already, a cache's, are not moved.
     """
     heads = (query.shape[1], key.shape[1])
     mask: Any = terms.mask
@@ -83,7 +83,9 @@ def operator_attention(query: Any, key: Any, value: Any, terms: AttentionTerms) 
     if of_heads or made is None or made.op_type != "Transpose":
         return standard_attention(query, key, value, terms, heads=heads, dtype=query.dtype)
     rows = standard_attention(
-        *(_length_major(x) for x in (query, key, value)),
+        _length_major(query),
+        _length_major(key),
+        _length_major(value),
         terms,
         heads=heads,
         dtype=query.dtype,

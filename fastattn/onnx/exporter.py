@@ -118,12 +118,24 @@ def export(
             stages.begin("verifying")
             report = check_export(made, source, manifest)
         if precision != "fp32":
-            from fastattn.onnx.quantization import quantize
+            from fastattn.onnx.quantization import quantize, without_block_gathers
 
             for name, graph in converted.items():
                 stages.begin(f"quantizing {name}")
-                found = quantize(graph.model, precision, provider=chosen.provider, calibration=calibration)
+                found = quantize(
+                    graph.model,
+                    precision,
+                    provider=chosen.provider,
+                    contrib=chosen.contrib,
+                    calibration=calibration,
+                )
+                if "GatherBlockQuantized" in chosen.unknown:
+                    without_block_gathers(graph.model)
                 manifest["decisions"] += [{"graph": name, **decision} for decision in found]
+                # Half precision changes the caches' dtype.
+                dtypes = {value.name: value.dtype for value in graph.model.graph.inputs}
+                for entry in manifest["graphs"][name]["inputs"]:
+                    entry["dtype"] = dtypes[entry["name"]].numpy().name
             _write_graphs(converted, manifest, made, chosen, stages)
         if verify:
             stages.begin("measuring")
@@ -236,9 +248,12 @@ def _write_graphs(
     import onnx
     import onnx_ir
 
+    from fastattn.onnx.fusions import check_operators
+
     for name, graph in converted.items():
         stages.begin(f"writing {name}")
         model, file = graph.model, made / f"{name}.onnx"
+        check_operators(model, target)
         properties = {key: manifest[key] or "" for key in ("precision", "target", "task")}
         decisions = [each for each in manifest["decisions"] if each["graph"] == name]
         if decisions:

@@ -1,4 +1,4 @@
-"""What became of a traced model's operations: the fused nodes of a graph, counted against what must be there."""
+"""The fused nodes of a graph, counted against what a traced model's operations must have become."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from fastattn.onnx.dense_attention import within_fused_operator
 from fastattn.onnx.graph import CONTRIB_DOMAIN, arguments_by_name
+from fastattn.onnx.packed_attention import ONE_SEQUENCE
 from fastattn.onnx.standard_attention import within_standard_operator
 from fastattn.onnx.targets import Target, current_target
 from fastattn.ops.attention_terms import AttentionTerms
@@ -30,8 +31,8 @@ _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 class FusionError(RuntimeError):
-    """The graph does not hold the fused nodes that the model's operations should have become, or holds nodes that
-    its target has not.
+    """The graph does not hold the fused nodes that the model's operations should have become, or holds nodes
+    that its target has not.
     """
 
 
@@ -46,14 +47,17 @@ def operations(program: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 def count_fusions(model: Any) -> dict[str, int]:
     """The fused forms of the current target in a graph, subgraphs included: how many of each.
 
-    attention: MultiHeadAttention, or ai.onnx's Attention; packed_attention: those of them over sequences without
-    padding between layers, one at a time or by key lengths; add_layer_norm: LayerNormalization of a residual
+    attention: MultiHeadAttention, or ai.onnx's Attention; packed_attention: those of them over sequences
+    without padding between layers, one at a time (its form for a batch of one is not counted again) or by key
+    lengths; add_layer_norm: LayerNormalization of a residual
     addition; bias_gelu: a GELU of a product that adds its own bias, or one that adds the bias itself.
     """
     found = Counter(attention=0, packed_attention=0, add_layer_norm=0, bias_gelu=0)
     addition = current_target().addition
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type in ("MultiHeadAttention", "Attention"):
+            if node.graph is not None and node.graph.name == ONE_SEQUENCE:
+                continue
             found["attention"] += 1
             found["packed_attention"] += node.graph is not model.graph or _takes_key_lengths(node)
         elif node.op_type == "LayerNormalization":
@@ -81,7 +85,7 @@ def _made_by(value: Any) -> str | None:
 
 
 def checked_fusions(program: Any, model: Any) -> dict[str, int]:
-    """Every operation of the traced model that has a fused form on the current target must be there in that form.
+    """Every operation of the traced model that the current target can fuse must be there in its fused form.
 
     Raises:
         FusionError: one is not.

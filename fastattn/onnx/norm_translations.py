@@ -82,8 +82,8 @@ def _layer_norm(x: Any, weight: Any | None, bias: Any | None, eps: float, like: 
 def _rms_norm(x: Any, weight: Any | None, eps: float, offset: float, like: Any) -> Any:
     """Not rounded to the dtype of `like`, which is that of x.
 
-    RMSNormalization where the opset has it; else the pattern that ONNX Runtime replaces by the same kernel when it
-    loads the model, at half the pattern's time (1024 x 768).
+    RMSNormalization where the opset has it; else the pattern that ONNX Runtime replaces by the same kernel
+    when it loads the model, at half the pattern's time (1024 x 768).
     """
     computing = computing_dtype(like.dtype)
     rows = cast(x, like.dtype, computing)

@@ -33,7 +33,7 @@ def gated_activation(gate: Any, up: Any, kind: str) -> Any:
 
 
 def _gelu(x: Any, dtype: Any, approximate: str) -> Any:
-    """The tanh form is the contrib FastGelu where there is one, a third faster than Gelu's own on some CPUs."""
+    """The tanh form is the contrib FastGelu where there is one: never slower than Gelu's own."""
     if approximate == "tanh" and dtype in FUSED_DTYPES and current_target().contrib:
         return emit("FastGelu", [x], CONTRIB_DOMAIN)
     return op.Gelu(x, approximate=approximate)
@@ -66,11 +66,11 @@ def _not_after(x: Any) -> Any:
 
 
 def rotary(query: Any, key: Any, cos: Any, sin: Any, interleaved: bool) -> tuple[Any, Any]:
-    """`fastattn::rotary` as RotaryEmbedding, the contrib one where the target has it (as fast as ai.onnx's): a fifth
-    of the time of slices and products.
+    """`fastattn::rotary` as RotaryEmbedding, the contrib one where the target has it (as fast as ai.onnx's):
+    a fifth of the time of slices and products.
 
-    The operator takes each angle once, [positions, R / 2], and looks them up by position; ai.onnx's takes those of
-    each token as well, [B, S, R / 2].
+    The operator takes each angle once, [positions, R / 2], and looks them up by position; ai.onnx's takes
+    those of each token as well, [B, S, R / 2].
     """
     width, dtype = cos.shape[-1], query.dtype
     once = ([0], [width], [-1], [2]) if interleaved else ([0], [width // 2], [-1], [1])

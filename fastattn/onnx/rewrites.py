@@ -78,8 +78,8 @@ def shorten_views(model: Any) -> int:
 
 
 def join_products(model: Any) -> int:
-    """The product with a weight is a Gemm over rows, to which `fold_biases` can add; transformers' Conv1D holds
-    its weight the way MatMul takes it.
+    """The product with a weight is a Gemm over rows, to which `fold_biases` can add; transformers' Conv1D
+    holds its weight the way MatMul takes it.
     """
     count = 0
     for node in list(model.graph):

@@ -1,8 +1,8 @@
 """A decoder's hidden states stay rows, [tokens, N], from one matrix product to the next.
 
-Every product is a Gemm over rows, and around each the model's own shape, [batch, sequence, N], costs a Reshape
-before, a Reshape after and the two nodes that compute its shape. Additions, norms and activations do not care:
-on rows too, they need none of that. A step of decoding is short enough for every node to show.
+Every product is a Gemm over rows, and around each the model's own shape, [batch, sequence, N], costs a
+Reshape before, a Reshape after and the two nodes that compute its shape. Additions, norms and activations
+need none of that: they are the same on rows. A step of decoding is short enough for every node to show.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ __all__ = ["compute_in_rows"]
 _ROWWISE = frozenset(
     (
         *("Add", "Sum", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Relu", "Sigmoid", "Tanh", "Erf"),
-        *("Gelu", "FastGelu", "QuickGelu", "LayerNormalization", "SimplifiedLayerNormalization", "ReduceMean"),
+        *(
+            "Gelu",
+            "FastGelu",
+            "QuickGelu",
+            "LayerNormalization",
+            "SimplifiedLayerNormalization",
+            "ReduceMean",
+        ),
     )
 )
 _LAST_AXIS = ("LayerNormalization", "SimplifiedLayerNormalization")
@@ -202,13 +209,15 @@ class _Rows:
         if known is not None:
             return known
         tensor = ir.tensor(list(elements), dtype=ir.DataType.INT64, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(elements)]), const_value=tensor
+        )
         self.graph.register_initializer(value)
         return value
 
 
 def _before_views(value: Any, rows: Any) -> Any:
-    """What a value was before it was only seen in other shapes; no further than to one whose rows are known."""
+    """What a value was before it was seen in other shapes, or the first of these whose rows are known."""
     while value not in rows and value.producer() is not None and value.producer().op_type == "Reshape":
         value = value.producer().inputs[0]
     return value

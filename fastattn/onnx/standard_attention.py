@@ -1,7 +1,8 @@
 """ONNX subgraphs of attention by ai.onnx's own operator, Attention of opset 23.
 
-It is given every term as a mask. Its `is_causal` counts from the first key, or from the end of the past where that
-is an input; and hidden keys cost the same either way: twice the time of none (ONNX Runtime 1.31, 128 tokens).
+It is given every term as a mask. Its `is_causal` counts from the first key, or from the end of the past where
+that is an input; and hidden keys cost the same either way: twice the time of none (ONNX Runtime 1.31, 128
+tokens).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _HIDDEN = {ir.DataType.FLOAT: -3.0e38, ir.DataType.FLOAT16: -6.0e4}
 
 
 def within_standard_operator(terms: AttentionTerms) -> bool:
-    """Whether Attention computes this: all but a bias of the caller's, whose -inf could hide a whole row, sinks and
-    the logsumexp. ONNX Runtime's takes no scale of 0 or below.
+    """Whether Attention computes this: all but a bias of the caller's, whose -inf could hide a whole row,
+    sinks and the logsumexp. ONNX Runtime's takes no scale of 0 or below.
     """
     return terms.bias is None and terms.sinks is None and not terms.return_lse and terms.scale > 0.0
 
@@ -42,14 +43,14 @@ def standard_attention(
     """Attention over [B, Hq, Sq, D], [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv], at least one query and one key.
 
     Args:
-        terms: the other arguments, `within_standard_operator`, tensors as graph values; of a mask the shape must be
-            known.
+        terms: the other arguments, `within_standard_operator`, tensors as graph values; of a mask the shape
+            must be known.
         heads: Hq and Hkv.
         dtype: of all three, float32 or float16.
-        positions: of queries and keys; default from the shapes of `query` and `key`. Layers given equal ones share
-            one mask.
-        length_major: query, key and value are [B, S, H * D], as a product leaves them, and so is the result; the
-            mask, if any, is the same for all heads.
+        positions: of queries and keys; default from the shapes of `query` and `key`. Layers given equal ones
+            share one mask.
+        length_major: query, key and value are [B, S, H * D], as a product leaves them, and so is the result;
+            the mask, if any, is the same for all heads.
 
     Returns:
         [B, Hq, Sq, Dv], or [B, Sq, Hq * Dv]; zeros for a query that sees nothing, for which the operator's

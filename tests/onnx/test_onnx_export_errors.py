@@ -18,6 +18,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 import onnx
+import transformers
 
 from fastattn.onnx import convert, exporter, rewrites, translations
 
@@ -32,10 +33,19 @@ def model(new_bert):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"precision": "int8"}, r"precision is 'int8'; this version exports 'fp32'"),
-        ({"target": "web"}, r"target is 'web'; this version exports 'cpu'"),
-        ({"layouts": "optimum"}, r"layouts is 'optimum'; this version exports 'auto'"),
-        ({"task": "fill-mask"}, r"task is 'fill-mask', but BertModel has the head of 'feature-extraction'"),
+        ({"precision": "int3"}, r"precision is 'int3'; it must be one of 'fp32', "),
+        (
+            {"precision": "fp16"},
+            r"precision is 'fp16', which target 'cpu' does not run well; it takes 'fp32'",
+        ),
+        ({"target": "tpu"}, r"target is 'tpu'; it must be one of 'cpu', "),
+        ({"layouts": "mine"}, r"layouts has 'mine'; a layout is one of "),
+        (
+            {"task": "masked-lm"},
+            r"task is 'masked-lm', but BertModel has the head of 'feature-extraction'; load the model with "
+            "AutoModelForMaskedLM, or leave task out",
+        ),
+        ({"task": "guessing"}, r"task is 'guessing', which is none of .*fill-mask"),
         ({"tokenizer": "bert"}, r"tokenizer is a str; it must have save_pretrained"),
         (
             {"example_inputs": {"input_ids": torch.ones(2, 3)}},
@@ -46,6 +56,7 @@ def model(new_bert):
             r"must be an int64",
         ),
         ({"example_inputs": token_batch([1, 1], 1)}, r"every size at least 2"),
+        ({"example_inputs": token_batch([3, 3], 2)}, r"no two equal"),
         ({"example_inputs": token_batch([9, 9], 99)}, r"at most 64; got input_ids \[2, 99\]"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -57,19 +68,40 @@ def test_bad_arguments(model, tmp_path, arguments, message):
 
 
 def test_bad_models(new_bert, tmp_path):
+    unknown = transformers.FNetModel(
+        transformers.FNetConfig(hidden_size=8, num_hidden_layers=1, vocab_size=9)
+    )
+    families = "transformers models of these families are exported: albert, bart, bert, .*example_inputs"
     for model, message in (
         ("bert", "model is a str; a torch.nn.Module"),
-        (torch.nn.Linear(2, 2), "the model is a Linear; this version exports BertModel, BertForMaskedLM"),
-        (
-            new_bert("BertLMHeadModel", is_decoder=True),
-            "the model is a BertLMHeadModel; this version exports",
-        ),
-        (new_bert(is_decoder=True), "the model is a decoder"),
+        (torch.nn.Linear(2, 2), f"the model is a Linear; {families}"),
+        (unknown, f"the model is a FNetModel; {families}"),
         (new_bert().to("meta"), "meta device"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             fastattn.export(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unsupported_family_by_an_example(tmp_path):
+    """The other way that the error names."""
+    config = transformers.LayoutLMConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=40,
+        max_position_embeddings=32,
+        max_2d_position_embeddings=64,
+    )
+    model = transformers.LayoutLMModel(config).eval()
+    example = {
+        "input_ids": torch.arange(22).view(2, 11),
+        "attention_mask": torch.ones(2, 11, dtype=torch.int64),
+    }
+    result = fastattn.export(model, tmp_path / "out", example_inputs=example)
+    assert result.verification.passed
+    assert result.task is None
 
 
 def test_folder_that_cannot_be_written(model, tmp_path):
@@ -82,6 +114,13 @@ def test_folder_that_cannot_be_written(model, tmp_path):
         fastattn.export(model, "/proc/fastattn-export")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_missing_optimum_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optimum.exporters.tasks", None)
+    with pytest.raises(ImportError, match=r'optimum, which names.*pip install "fastattn\[onnx\]"'):
+        fastattn.export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
@@ -138,7 +177,7 @@ def test_fusion_that_stops_matching_fails(model, tmp_path, monkeypatch):
 def test_weights_beside_the_graph_when_they_are_too_large(model, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "EXTERNAL_DATA_BYTES", 1000)
     folder = tmp_path / "deep" / "out"
-    result = fastattn.export(model, folder)
+    result = fastattn.export(model, folder, layouts=())
     assert "model.onnx.data" in result.files
     assert result.verification.passed
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -146,7 +185,7 @@ def test_weights_beside_the_graph_when_they_are_too_large(model, tmp_path, monke
     monkeypatch.undo()
     # Exporting again into the same folder leaves no file of the first export behind.
     (folder / "notes.txt").write_text("mine")
-    fastattn.export(model, folder, verify=False)
+    fastattn.export(model, folder, verify=False, layouts=())
     assert sorted(e.name for e in folder.iterdir()) == [
         "config.json",
         "fastattn.json",

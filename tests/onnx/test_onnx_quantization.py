@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
+import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 from quantized_graphs import (
@@ -74,7 +75,9 @@ def test_seven_bit_weights():
     close(run(model, x=x)[0], quantized_activations(x) @ rounded_rows(weight, 63).T, 1e-5)
 
 
-@pytest.mark.parametrize("flags, reduced", [({"avx2"}, True), ({"avx2", "avx512_vnni"}, False), (set(), False)])
+@pytest.mark.parametrize(
+    "flags, reduced", [({"avx2"}, True), ({"avx2", "avx512_vnni"}, False), (set(), False)]
+)
 def test_seven_bits_only_where_vnni_is_missing(flags, reduced, monkeypatch):
     monkeypatch.setattr("fastattn.onnx.quantization.processor.cpu_flags", lambda: frozenset(flags))
     model = linear(random(32, 24))
@@ -116,7 +119,9 @@ def test_products_of_one_activation_share_its_quantization_and_of_one_weight_its
     decisions = quantize(model, "int8", provider=CPU)
     assert operators(model).count("DynamicQuantizeLinear") == 2
     assert len([v for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8]) == 3
-    assert not [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT and len(v.shape) > 1]
+    assert not [
+        v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT and len(v.shape) > 1
+    ]
     assert counted(decisions, "products", "int8") == 4
     x = random(5, 24, seed=9)
     found = run(model, x=x)
@@ -149,7 +154,9 @@ def test_what_is_left_is_counted_with_its_reason():
     model = graph(nodes, rows, outputs, constants)
     before = operators(model)
     decisions = quantize(model, "int8", provider=CPU)
-    held = len([op for op in before if op in ("Gemm", "MatMul")]) - 2  # f: activations alone; g: fed by callers
+    held = (
+        len([op for op in before if op in ("Gemm", "MatMul")]) - 2
+    )  # f: activations alone; g: fed by callers
     assert sum(d["count"] for d in decisions if d["what"] in ("product", "products")) == held
     left = {(d["what"], d["count"]) for d in decisions if d["how"] == "left in float32"}
     assert left == {("product", 1), ("embedding table", 1)}
@@ -193,12 +200,41 @@ def test_a_head_tied_to_the_embedding_is_stored_once(precision, width):
         {"table": table},
     )
     quantize(model, precision, provider=CPU)
-    data = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.UINT8 and len(v.shape) == 3]
+    data = [
+        v for v in model.graph.initializers.values() if v.dtype == ir.DataType.UINT8 and len(v.shape) == 3
+    ]
     assert len(data) == 1
     rows, logits = run(model, ids=np.array([0, 699, 5]))
     bits = 4 if precision == "int4-weight" else 8
     close(rows, table[[0, 699, 5]].astype(np.float64), 0.1 if bits == 4 else 0.005)
     close(logits, rows.astype(np.float64) @ table.T, 0.1 if bits == 4 else 0.02)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_standard_operators_alone(calibrated):
+    table, weight, bias = random(700, 60), random(60, 60, seed=1), random(60, seed=2)
+    model = graph(
+        [
+            helper.make_node("Gather", ["table", "ids"], ["rows"], axis=0),
+            helper.make_node("Gemm", ["rows", "weight", "bias"], ["hidden"], transB=1),
+            helper.make_node("Gemm", ["hidden", "table"], ["logits"], transB=1),
+        ],
+        {"ids": (TensorProto.INT64, ["tokens"])},
+        {"rows": (TensorProto.FLOAT, ["tokens", 60]), "logits": (TensorProto.FLOAT, ["tokens", 700])},
+        {"table": table, "weight": weight, "bias": bias},
+    )
+    del model.opset_imports["com.microsoft"]
+    ids = np.array([0, 699, 5])
+    batches = [{"ids": ids}] if calibrated else None
+    decisions = quantize(model, "int8", provider=CPU, calibration=batches, contrib=False, reduce_range=False)
+    assert {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)} == {""}
+    assert set(model.opset_imports) == {""}
+    assert counted(decisions, "products", "int8") == 2
+    assert counted(decisions, "embedding tables", "8-bit") == 1
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    rows, logits = run(model, ids=ids)
+    assert (np.abs(rows - table[ids]) <= 0.5001 * np.abs(table[ids]).max(-1, keepdims=True) / 127).all()
+    close(logits, (rows.astype(np.float64) @ weight.T + bias) @ table.T, 0.03)
 
 
 def test_products_in_subgraphs():
@@ -259,6 +295,10 @@ REFUSED = {
     "fp16 on a CPU": (dict(precision="fp16"), "CUDAExecutionProvider"),
     "calibrated blocks": (dict(precision="int8-weight", calibration=[]), "calibration is for 'int8'"),
     "blocks of 7 bits": (dict(precision="int4-weight", reduce_range=True), "reduce_range is for 'int8'"),
+    "blocks in standard operators": (
+        dict(precision="int8-weight", contrib=False),
+        "ONNX Runtime's own operators",
+    ),
     "no batches": (dict(precision="int8", calibration=[]), "no batches"),
     "another input": (dict(precision="int8", calibration=[{"z": random(2, 24)}]), r"\['z'\].*\['x'\]"),
     "another type": (dict(precision="int8", calibration=[{"x": np.zeros((2, 24))}]), "float64"),

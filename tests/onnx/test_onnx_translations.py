@@ -12,6 +12,7 @@ from fastattn import ops
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
+ir = pytest.importorskip("onnx_ir")
 
 from exported_cases import Exported, assert_close, in_float64
 
@@ -227,7 +228,8 @@ def test_varlen_attention(name, packed_results):
 
 def test_packed_attention_loops_over_the_sequences_and_selects_keys_itself(packed):
     """Nothing is padded on the hot path, and a table of keys is read in place; on a GPU nothing loops."""
-    loops = [node for node in packed.model.graph if node.op_type == "Loop"]
+    nodes = list(ir.traversal.RecursiveGraphIterator(packed.model.graph))
+    loops = [node for node in nodes if node.op_type == "Loop"]
     if packed.target == "cuda":
         fused = [node for node in packed.model.graph if node.op_type == "MultiHeadAttention"]
         assert len(fused) == 4 and not loops
@@ -242,6 +244,8 @@ def test_packed_attention_loops_over_the_sequences_and_selects_keys_itself(packe
         inside.append(Counter(node.op_type for node in branch.attributes["then_branch"].as_graph()))
     assert all(each["MultiHeadAttention"] + each["Attention"] == 1 for each in inside)
     assert inside[-1]["Gather"] == 2
+    alone = Counter(node.op_type for node in nodes if node.graph.name == "one_sequence")
+    assert alone["MultiHeadAttention"] + alone["Attention"] == count and not alone["Slice"], "read in place"
 
 
 WIDTH = 12

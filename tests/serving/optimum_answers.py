@@ -1,8 +1,9 @@
-"""The exported folders under optimum's and sentence-transformers' loaders, in an environment without fastattn.
+"""The exported folders under optimum and sentence-transformers, in an environment without fastattn.
 
     python tests/serving/optimum_answers.py FOLDER
 
-FOLDER is what export_cases.py wrote. Prints a line a case; the status is 1 if an answer differs from the original's.
+FOLDER is what export_cases.py wrote. Prints a line a case; the status is 1 if an answer differs from the
+original's.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""An exported decoder in ONNX Runtime against the untouched model in PyTorch: prompts that break exports, decoding
-after them with a cache, and the cache in buffers longer than what they hold.
+"""An exported decoder in ONNX Runtime against the untouched model in PyTorch: prompts that break exports,
+decoding after them with a cache, and the cache in buffers longer than what they hold.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ __all__ = ["CachedDecoder", "positions_of", "results"]
 
 # Tokens decoded after each prompt.
 _STEPS = 3
+# Rows of a batch as long as it is wide.
+_SQUARE = 6
 # Prompts are at most this long; it leaves room for the steps in a model of 48 positions.
 _LONGEST = 40
 
@@ -68,8 +70,8 @@ class CachedDecoder:
         feeds = {name: x.numpy() for name, x in given.items() if name in self._inputs}
         if keep is not None:
             feeds[LOGITS_TO_KEEP] = np.array([keep])
-        # The values hold no copies: they must outlive the run. An input that has a default cannot be bound as an
-        # array.
+        # The values hold no copies: they must outlive the run. An input that has a default cannot be bound
+        # as an array.
         values = {
             name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()
         }
@@ -111,10 +113,12 @@ def results(session: Any, source: Source, fusions: Mapping[str, int]) -> Iterato
         # The end of a left-padded prompt, the beginning of a right-padded one.
         end = slice(-_LONGEST, None) if "left" in case else slice(_LONGEST)
         ids, mask = ids[:, end], mask[:, end]
+        if case == "batch == length":
+            ids, mask = ids[:_SQUARE, :_SQUARE], mask[:_SQUARE, :_SQUARE]
         steps = [torch.randint(vocabulary, (len(ids), 1), generator=generator) for _ in range(_STEPS)]
         expected = _reference_logits(reference, [ids, *steps], mask)
         decoders = {case: CachedDecoder(session, layers)}
-        if fusions.get("cached_attention", 0) == layers and case != "one row":
+        if fusions.get("cached_attention", 0) == layers and "padding" in case:
             decoders[f"{case}, shared buffers"] = CachedDecoder(session, layers, ids.shape[1] + _STEPS + 2)
         for name, decoder in decoders.items():
             found = _logits(decoder, [ids, *steps], mask)
@@ -132,7 +136,7 @@ def results(session: Any, source: Source, fusions: Mapping[str, int]) -> Iterato
 
 def _logits(decoder: CachedDecoder, parts: list[Tensor], mask: Tensor) -> list[Tensor]:
     """Of a prompt under its mask, and of what follows it."""
-    found = []
+    found: list[Tensor] = []
     for part in parts:
         if found:
             mask = torch.cat((mask, torch.ones_like(part)), 1)
@@ -165,7 +169,7 @@ def _parameters(model: Any) -> set[str]:
 
 
 def _in_parts(session: Any, source: Source, ids: Tensor, mask: Tensor) -> Iterator[CaseResult]:
-    """A prompt of one row given in two parts; the last position's logits alone; the last position there is."""
+    """A prompt of one row in two parts; the last position's logits alone; the last position there is."""
     assert source.cache is not None
     layers, reference = source.cache["layers"], source.reference
     ids, mask = ids[:1, :_LONGEST], mask[:1, :_LONGEST]

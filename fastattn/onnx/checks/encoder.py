@@ -1,4 +1,6 @@
-"""An exported encoder in ONNX Runtime against the untouched model in PyTorch, on batches that break exports."""
+"""An exported encoder in ONNX Runtime against the untouched model in PyTorch, on batches that break exports:
+texts, images, or both.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def results(run: Run, source: Source) -> Iterator[CaseResult]:
     drawn = batches(source)
     for case, batch in drawn.items():
         yield from compare(case, run(**batch), _expected(source, batch), masks_of(batch))
-    padded = drawn.get("right padding")
-    if padded is None:
+    padded = drawn.get("right padding", {})
+    if "attention_mask" not in padded:
         return
     # The mean over no token, say, is not finite in the original either.
     original = _expected(source, with_a_row_of_padding(padded))
@@ -38,13 +40,13 @@ def results(run: Run, source: Source) -> Iterator[CaseResult]:
 
 
 def batches(source: Source) -> dict[str, Batch]:
-    """verify's batches, one with holes between its tokens and one of the longest sequence, of the graph's inputs
-    alone.
+    """verify's batches, one with holes between its tokens and one of the longest sequence, of the graph's
+    inputs alone.
     """
     (spec,) = source.graphs
     drawing = Drawing(source.reference)
     drawn = drawing.batches()
-    if "right padding" in drawn:
+    if "attention_mask" in drawn.get("right padding", {}):
         drawn["holes"] = _with_holes(drawing.batch([drawing.longest] * 3, drawing.longest))
     longest = spec.limits.get("sequence", 0)
     if longest:

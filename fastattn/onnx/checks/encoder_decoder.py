@@ -1,5 +1,5 @@
-"""An exported encoder-decoder in ONNX Runtime against the untouched model in PyTorch: the encoder, a prompt of
-several tokens, and steps on the caches that came of it.
+"""An exported encoder-decoder in ONNX Runtime against the untouched model in PyTorch: the encoder, a prompt
+of several tokens, and steps on the caches that came of it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def first_inputs(source: Source, states: Tensor, mask: Tensor | None) -> Batch:
         given["encoder_attention_mask"] = mask
     for name, sizes in spec.dimensions.items():
         if name.startswith("past_key_values."):
-            given[name] = torch.zeros(len(states), *(size if isinstance(size, int) else 0 for size in sizes[1:]))
+            given[name] = torch.zeros(
+                len(states), *(size if isinstance(size, int) else 0 for size in sizes[1:])
+            )
     return given
 
 

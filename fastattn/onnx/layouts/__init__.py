@@ -29,8 +29,8 @@ def resolve_layouts(layouts: str | Iterable[str], source: Source, target: Target
     """Names of the layouts to write, in the order of `LAYOUTS`.
 
     Args:
-        layouts: "auto" (those that are automatic, or the target's, as far as the source has them), one name, or
-            several; an empty sequence for none.
+        layouts: "auto" (those that are automatic, or the target's, as far as the source has them), one
+            name, or several; an empty sequence for none.
 
     Raises:
         TypeError, ValueError: an unknown layout, or one that cannot be had of this model or target.

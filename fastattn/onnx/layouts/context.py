@@ -42,8 +42,8 @@ class LayoutContext:
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def link_graph(self, graph: str, name: str) -> None:
-        """The graph under another name (`onnx/model_quantized.onnx`), with the file of its weights if it has one
-        beside it; they are on the disk once.
+        """The graph under another name (`onnx/model_quantized.onnx`), with the file of its weights if it has
+        one beside it; they are on the disk once.
         """
         self._link(f"{graph}.onnx", name)
         if self._has_second_file(graph):
@@ -58,8 +58,8 @@ class LayoutContext:
         """
         if self._has_second_file(graph):
             raise ValueError(
-                f"{graph}.onnx has more than 2 GiB of weights and keeps them in a second file, which cannot be "
-                f"loaded as {name}; choose a smaller precision, or leave this layout out with layouts=()"
+                f"{graph}.onnx has more than 2 GiB of weights and keeps them in a second file, which cannot "
+                f"be loaded as {name}; choose a smaller precision, or leave this layout out with layouts=()"
             )
         self._link(f"{graph}.onnx", name)
 

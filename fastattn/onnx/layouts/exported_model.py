@@ -1,7 +1,7 @@
 """transformers: `ExportedModel.from_pretrained(folder)(**inputs)` returns the original's output class.
 
-`export.json` says which file holds the graph, what it was traced with and how its outputs are put together again
-(transformers/exporters/base.py, metadata.py).
+`export.json` says which file holds the graph, what it was traced with and how its outputs are put together
+again (transformers/exporters/base.py, metadata.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def refusal(source: Source, target: Target) -> str | None:
         return "ExportedModel is for models of transformers, and this is a module of your own"
     if source.cache is not None:
         return (
-            "ExportedModel binds a cache by the paths of transformers' cache object, and this graph's inputs carry "
-            "the names that optimum and onnxruntime-genai give them; fastattn.load reads the folder"
+            "ExportedModel binds a cache by the paths of transformers' cache object, and this graph's inputs "
+            "carry the names that optimum and onnxruntime-genai give them; fastattn.load reads the folder"
         )
     return None
 
@@ -39,7 +39,11 @@ def write(context: LayoutContext) -> None:
         metadata = {
             "architecture": context.source.architecture,
             "packages": context.manifest["versions"],
-            "export_config": {"dynamic": True, "export_format": "onnx", "opset_version": context.target.opset},
+            "export_config": {
+                "dynamic": True,
+                "export_format": "onnx",
+                "opset_version": context.target.opset,
+            },
             "export_dtype": "float16" if context.precision == "fp16" else "float32",
             "export_device": "cpu",
             "kwargs": {

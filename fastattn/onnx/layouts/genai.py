@@ -1,6 +1,7 @@
 """onnxruntime-genai: `Model(folder)` and its `Generator`, for decoders.
 
-`genai_config.json` names the graph's inputs and outputs, the sizes of its cache and the defaults of the search.
+`genai_config.json` names the graph's inputs and outputs, the sizes of its cache and the defaults of the
+search.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def refusal(source: Source, target: Target) -> str | None:
         return f"onnxruntime-genai generates with decoders, and this is an export of kind {source.kind!r}"
     sizes = {name: source.cache[name] for name in ("kv_heads", "key_dim", "value_dim")}
     if any(isinstance(size, list) for size in sizes.values()) or sizes["key_dim"] != sizes["value_dim"]:
-        return f"onnxruntime-genai has one cache shape for keys, values and all layers, and this model has {sizes}"
+        return (
+            f"onnxruntime-genai has one cache shape for keys, values and all layers; this model has {sizes}"
+        )
     return None
 
 
@@ -43,8 +46,7 @@ def write(context: LayoutContext) -> None:
     names = {each["name"] for each in graph["inputs"]}
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
     longest = max((bound for each in graph["inputs"] for bound in each["bounds"].values()), default=None)
-    # "decoder" is its word for a decoder with the usual inputs; what else it knows of a type of model concerns
-    # pictures, sounds and caches that it stores in its own ways.
+    # "decoder" is its word for any decoder with the usual inputs; for "gpt2" it expects inputs of its own.
     model = {
         "type": "decoder",
         "vocab_size": config["vocab_size"],
@@ -73,7 +75,9 @@ def write(context: LayoutContext) -> None:
             },
         },
     }
-    context.write_json(CONFIG, {"model": model, "search": _search(model["context_length"], generation, context)})
+    context.write_json(
+        CONFIG, {"model": model, "search": _search(model["context_length"], generation, context)}
+    )
 
 
 def _special_tokens(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +104,8 @@ def _search(longest: int, generation: dict[str, Any], context: LayoutContext) ->
         "top_p": 1.0,
     }
     given = {name: generation[name] for name in defaults if generation.get(name) is not None}
-    # One buffer for a layer's past and present, longer than what is in it: ONNX Runtime's operator takes that where
-    # every layer became one.
+    # One buffer for a layer's past and present, longer than what is in it: only ONNX Runtime's own operator
+    # takes that, so every layer must have become one.
     layers, fusions = context.manifest["cache"]["layers"], context.manifest["graphs"]["model"]["fusions"]
     shared = fusions.get("cached_attention", 0) == layers
     return {

@@ -1,7 +1,8 @@
 """optimum: `ORTModelFor...from_pretrained(folder)`, in an environment of its own with transformers 4.
 
 optimum finds graphs by the names every export gives them. What differs is what transformers 4 expects of
-config.json and tokenizer_config.json as transformers 5 writes them: keys that moved are written in both places.
+config.json and tokenizer_config.json as transformers 5 writes them: keys that moved are written in both
+places.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def refusal(source: Source, target: Target) -> str | None:
         return "optimum's ORTModel classes are for models of transformers, and this is a module of your own"
     task = (source.task or "").removesuffix("-with-past")
     if task not in _TASKS:
-        return f"optimum has no ORTModel class for the task {source.task!r}; it has them for {', '.join(_TASKS)}"
+        return (
+            f"optimum has no ORTModel class for the task {source.task!r}; it has them for {', '.join(_TASKS)}"
+        )
     return None
 
 
@@ -40,10 +43,10 @@ def write(context: LayoutContext) -> None:
 
 
 def with_old_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the rotary parameters where transformers 4 looks for them too, else it takes its own default."""
+    """The config with the rotary parameters where transformers 4 looks too; else it takes defaults."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
-        # None, or one for every type of layer, which the models that have it keep elsewhere in version 4 as well.
+        # None, or one of every type of layer; their config classes in version 4 have a key each for those.
         return config
     moved = {"rope_theta": rope["rope_theta"]}
     if "partial_rotary_factor" in rope:

@@ -46,7 +46,10 @@ def write(context: LayoutContext) -> None:
         if index == 0:
             context.write_json(
                 "sentence_bert_config.json",
-                {"max_seq_length": sentences.max_seq_length, "do_lower_case": bool(getattr(module, "do_lower_case", False))},
+                {
+                    "max_seq_length": sentences.max_seq_length,
+                    "do_lower_case": bool(getattr(module, "do_lower_case", False)),
+                },
             )
             continue
         folder = context.staging / path

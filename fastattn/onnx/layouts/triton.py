@@ -1,8 +1,8 @@
 """NVIDIA Triton Inference Server: a model repository, one model for every graph.
 
-`triton/<name>/config.pbtxt` beside `triton/<name>/1/model.onnx`; `tritonserver --model-repository=<folder>/triton`.
-Batches are a dimension like any other (max_batch_size 0): the inputs of one graph have several that vary together,
-which the server's own batching, one request a row, cannot know.
+`triton/<name>/config.pbtxt` beside `triton/<name>/1/model.onnx`, for
+`tritonserver --model-repository=<folder>/triton`. Batches are a dimension like any other (max_batch_size 0):
+the inputs of one graph have several that vary together, which the server's own batching cannot know.
 """
 
 from __future__ import annotations
@@ -70,7 +70,5 @@ def _tensors(field: str, values: Any) -> list[str]:
     for value in values:
         tensor = value.type.tensor_type
         dims = [size.dim_value if size.HasField("dim_value") else -1 for size in tensor.shape.dim]
-        lines.append(
-            f'  {{ name: "{value.name}", data_type: {_TYPES[tensor.elem_type]}, dims: {dims} }}'
-        )
+        lines.append(f'  {{ name: "{value.name}", data_type: {_TYPES[tensor.elem_type]}, dims: {dims} }}')
     return [f"{field} [", *[f"{line}," for line in lines[:-1]], *lines[-1:], "]"]

@@ -17,22 +17,21 @@ __all__ = ["Editor"]
 class Editor:
     """Adds constants to a model's main graph and nodes in front of others, wherever those are."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, contrib: bool = True) -> None:
         self._graph = model.graph
         self._names = {value.name for value in model.graph.initializers.values()}
         self._vectors: dict[tuple[int, ...], Any] = {}
         self._added = 0
-        model.opset_imports.setdefault(CONTRIB_DOMAIN, 1)
+        if contrib:
+            model.opset_imports.setdefault(CONTRIB_DOMAIN, 1)
 
     def constant(self, name: str, array: NDArray[Any]) -> Any:
         """A new initializer; subgraphs may use it too."""
         while name in self._names:
             name += "_"
         self._names.add(name)
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-        value = ir.Value(
-            name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
+        tensor: Any = ir.tensor(np.asarray(array, order="C"), name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.register_initializer(value)
         return value
 

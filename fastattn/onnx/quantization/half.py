@@ -1,4 +1,4 @@
-"""A float32 graph in float16: weights and computation, while inputs and outputs stay float32.
+"""A float32 graph in float16: weights, computation and caches, while other inputs and outputs stay float32.
 
 What is computed from integers alone (positions and the angles of rotary embeddings made of them, buckets of
 relative positions, additive masks) stays float32 up to where it meets an activation: positions above 2048
@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 __all__ = ["to_half"]
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+# Caches go around from outputs to inputs, in one buffer where the operator shares it: a Cast would copy them.
+_CACHES = ("past_key_values.", "present.")
+
 _LARGEST = float(np.finfo(np.float16).max)
 
 # A product with a smaller constant is arithmetic on positions (rotary frequencies), not a layer.
@@ -27,8 +30,10 @@ _SMALLEST_WEIGHT = 1 << 10
 
 # Operators whose outputs are integers or truth values whatever their inputs are.
 _NO_FLOATS = frozenset(
-    "Shape Size NonZero ArgMax ArgMin Equal Less LessOrEqual Greater GreaterOrEqual And Or Not Xor IsNaN IsInf "
-    "SequenceLength".split()
+    {
+        *("Shape", "Size", "NonZero", "ArgMax", "ArgMin", "IsNaN", "IsInf", "SequenceLength"),
+        *("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Not", "Xor"),
+    }
 )
 # Inputs that stay float32 whatever the others are.
 _FLOAT_INPUTS = {"Resize": (1, 2)}
@@ -56,10 +61,13 @@ def to_half(model: Any) -> list[dict[str, Any]]:
         raise ValueError(f"'fp16': the graph {model.graph.name!r} has no float32 weight")
     for value in list(model.graph.inputs):
         if _is_float(value) and not value.is_initializer():
-            converter.narrow_input(value)
+            if value.name.startswith(_CACHES):
+                converter.make_half(value)
+            else:
+                converter.narrow_input(value)
     converter.graph(model.graph)
     for index, value in enumerate(list(model.graph.outputs)):
-        if converter.kind(value) is _Kind.HALF:
+        if converter.kind(value) is _Kind.HALF and not value.name.startswith(_CACHES):
             converter.widen_output(model.graph, index, value)
     return converter.decisions()
 
@@ -86,7 +94,12 @@ class _Converter:
     def decisions(self) -> list[dict[str, Any]]:
         count = self._counts
         done = [
-            {"what": "weights", "count": count["weights"], "how": "float16", "why": "half the memory to read"},
+            {
+                "what": "weights",
+                "count": count["weights"],
+                "how": "float16",
+                "why": "half the memory to read",
+            },
             {"what": "operators", "count": count["half"], "how": "float16", "why": "tensor cores"},
         ]
         if count["exact"]:
@@ -100,11 +113,12 @@ class _Converter:
     def narrow_input(self, value: Any) -> None:
         """A float32 input of the model: float16 behind a Cast."""
         users = list(value.uses())
-        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT16})
-        cast.outputs[0].name, cast.outputs[0].shape = f"{value.name}_half", value.shape
+        cast = ir.node("Cast", [value], {"to": _HALF})
+        made = cast.outputs[0]
+        made.name, made.shape, made.type = f"{value.name}_half", value.shape, ir.TensorType(_HALF)
         for use in users:
             use.node.replace_input_with(use.idx, cast.outputs[0])
-        self._make_half(cast.outputs[0])
+        self.make_half(cast.outputs[0])
         first = next(iter(self._main), None)
         assert first is not None
         self._main.insert_before(first, cast)
@@ -131,7 +145,8 @@ class _Converter:
 
     def _operator(self, node: Any) -> None:
         kinds = [self.kind(value) for value in node.inputs]
-        exact = _Kind.HALF not in kinds and not _reads_weights(node, kinds)
+        # What a loop collects in a sequence is activations.
+        exact = not (_Kind.HALF in kinds or _reads_weights(node, kinds) or "Sequence" in node.op_type)
         if node.op_type == "Cast":
             self._cast(node, kinds[0])
             return
@@ -150,12 +165,10 @@ class _Converter:
         self._made(node, _Kind.EXACT if exact else _Kind.HALF)
 
     def _cast(self, node: Any, given: _Kind) -> None:
-        """To float32 from integers: exact. From floats: nothing to do but to pass them on."""
+        """To float32: exact from integers and what was made of them; of activations, to float16 instead."""
         if node.attributes.get_int("to") != _FLOAT:
             return
-        if given is _Kind.OTHER:
-            self._made(node, _Kind.EXACT)
-        elif given is not _Kind.HALF:
+        if given is not _Kind.HALF:
             self._made(node, _Kind.EXACT)
         else:
             node.attributes["to"] = ir.AttrInt64("to", _HALF)
@@ -173,7 +186,7 @@ class _Converter:
         for subgraph in subgraphs:
             for value in subgraph.inputs:
                 if _holds_floats(value.type):
-                    self._make_half(value)
+                    self.make_half(value)
             self.graph(subgraph)
             for index, value in enumerate(subgraph.outputs):
                 if self.kind(value) in (_Kind.EXACT, _Kind.CONSTANT):
@@ -182,7 +195,7 @@ class _Converter:
         skipped = len(outputs[0]) - len(node.outputs)  # a loop's condition, which it does not return
         for index, value in enumerate(node.outputs):
             if any(self.kind(each[index + skipped]) is _Kind.HALF for each in outputs):
-                self._make_half(value)
+                self.make_half(value)
 
     def _made(self, node: Any, kind: _Kind) -> None:
         self._counts["half" if kind is _Kind.HALF else "exact"] += 1
@@ -190,11 +203,12 @@ class _Converter:
             if value.type is not None and not _holds_floats(value.type):
                 continue
             if kind is _Kind.HALF:
-                self._make_half(value)
+                self.make_half(value)
             else:
                 self._kinds[value] = kind
 
-    def _make_half(self, value: Any) -> None:
+    def make_half(self, value: Any) -> None:
+        """Note a value's float16, in its type too where it has one."""
         self._kinds[value] = _Kind.HALF
         if value.type is not None:
             value.type = _half_type(value.type)
@@ -219,7 +233,7 @@ class _Converter:
             lazy = ir.LazyTensor(
                 lambda: ir.tensor(_to_half(tensor.numpy()), name=name),
                 dtype=_HALF,
-                shape=ir.Shape(tensor.shape),
+                shape=tensor.shape,
                 name=name,
             )
             found = ir.Value(name=name, shape=lazy.shape, type=ir.TensorType(_HALF), const_value=lazy)
@@ -261,7 +275,7 @@ def _to_half(array: NDArray[Any]) -> NDArray[np.float16]:
 
 
 def _reads_weights(node: Any, kinds: list[_Kind]) -> bool:
-    """Whether a node takes rows of a table, or multiplies by a weight: the model's activations begin there."""
+    """Whether a node takes rows of a table, or multiplies by a weight: activations begin there."""
     if node.op_type == "Gather":
         return kinds[0] is _Kind.CONSTANT and len(node.inputs[0].shape) > 1
     if node.op_type in ("MatMul", "Gemm", "Conv"):
@@ -275,7 +289,7 @@ def _saturated(value: Any, graph: Any) -> list[Any]:
     bounds = []
     for name, bound in (("half_lowest", -_LARGEST), ("half_largest", _LARGEST)):
         if name not in graph.initializers:
-            tensor = ir.tensor(np.array(bound, np.float32), name=name)
+            tensor: Any = ir.tensor(np.array(bound, np.float32), name=name)
             graph.register_initializer(
                 ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(_FLOAT), const_value=tensor)
             )

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fastattn.onnx.graph import CONTRIB_DOMAIN
 from fastattn.onnx.quantization.editing import Editor
-from fastattn.onnx.quantization.products import Product
+from fastattn.onnx.quantization.products import Product, Table
 
 __all__ = ["Int8Weights", "quantize_rows"]
 
@@ -34,10 +35,12 @@ def quantize_rows(matrix: Tensor, levels: int) -> tuple[NDArray[np.int8], NDArra
 class Int8Weights:
     """Rewrites products whose activations are quantized while the model runs."""
 
-    def __init__(self, editor: Editor, reduce_range: bool) -> None:
+    def __init__(self, editor: Editor, reduce_range: bool, contrib: bool = True) -> None:
         self._editor = editor
+        self._contrib = contrib
         # Where VNNI is missing, pairs of U8S8 products are added in 16 bits, which 8-bit weights overflow.
         self._levels = 63 if reduce_range else 127
+        self._tables: dict[str, tuple[Any, Any]] = {}
         self._weights: dict[tuple[str, bool, float, bytes], tuple[Any, Any]] = {}
         self._activations: dict[tuple[Any, Any], list[Any]] = {}
 
@@ -64,9 +67,33 @@ class Int8Weights:
         editor, node = self._editor, product.node
         levels, scale, zero_point = quantized
         weight, weight_scale = self._weight(product, repeated)
-        inputs = [levels, weight, scale, weight_scale, zero_point, None, editor.row(node, product.bias)]
-        (result,) = editor.before(node, "MatMulIntegerToFloat", inputs, CONTRIB_DOMAIN)
+        bias = editor.row(node, product.bias)
+        if self._contrib:
+            inputs = [levels, weight, scale, weight_scale, zero_point, None, bias]
+            (result,) = editor.before(node, "MatMulIntegerToFloat", inputs, CONTRIB_DOMAIN)
+        else:
+            # In the order in which ONNX Runtime finds it and makes it the operator above.
+            (summed,) = editor.before(node, "MatMulInteger", [levels, weight, zero_point])
+            (floats,) = editor.before(node, "Cast", [summed], to=ir.DataType.FLOAT)
+            (factor,) = editor.before(node, "Mul", [scale, weight_scale])
+            (result,) = editor.before(node, "Mul", [floats, factor])
+            if bias is not None:
+                (result,) = editor.before(node, "Add", [result, bias])
         editor.replace(node, result)
+
+    def table(self, table: Table) -> str:
+        """`table`'s Gather as rows of int8 and a scale each, in standard operators; how it is stored."""
+        editor, node = self._editor, table.node
+        stored = self._tables.get(table.weight.name)
+        if stored is None:
+            data, scale = quantize_rows(table.matrix(), 127)
+            name = f"{table.weight.name}_int8"
+            stored = (editor.constant(name, data.T), editor.constant(f"{name}_scale", scale[:, None]))
+            self._tables[table.weight.name] = stored
+        picked, scales = (editor.before(node, "Gather", [each, node.inputs[1]])[0] for each in stored)
+        (floats,) = editor.before(node, "Cast", [picked], to=ir.DataType.FLOAT)
+        editor.replace(node, editor.before(node, "Mul", [floats, scales])[0])
+        return "8-bit rows, a scale each"
 
     def _weight(self, product: Product, repeated: NDArray[np.int64] | None) -> tuple[Any, Any]:
         key = (*product.key, b"" if repeated is None else repeated.tobytes())

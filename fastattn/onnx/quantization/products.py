@@ -104,7 +104,7 @@ def find_candidates(model: Any) -> Candidates:
         if node.op_type in ("Gemm", "MatMul"):
             _sort_product(node, found)
         elif node.op_type == "Gather" and _is_matrix(node.inputs[0]):
-            weight = node.inputs[0]
+            weight: Any = node.inputs[0]
             if node.attributes.get_int("axis", 0) != 0 or weight.shape[0] * weight.shape[1] < _SMALLEST_TABLE:
                 found.left["embedding table", "small: exact costs next to nothing"] += 1
             else:

@@ -27,7 +27,7 @@ __all__ = ["StaticRange", "add_static_products", "choose_range"]
 # Further columns for outliers, as a part of the channels there are: their price is the file's size.
 _COLUMNS = 1 / 32
 
-# Outliers are split off where that leaves less than this of the range: the columns take six small nodes.
+# Outliers are split off where that leaves less than this of the range: the columns take seven small nodes.
 _WORTHWHILE = 0.8
 
 _SMALLEST_SCALE = 1e-30
@@ -40,15 +40,15 @@ class StaticRange:
     Attributes:
         scale: of a level.
         zero_point: the level of 0.
-        outliers: int64, the channels of the further columns; each stands there `copies` times, since what
-            lies beyond the range may be as many times the range.
-        copies: see `outliers`.
+        outliers: int64, the channels of the further columns; one that reaches several times as far as the
+            range stands there as often.
+        shares: float32, what part of its channel's excess each of these columns holds.
     """
 
     scale: np.float32
     zero_point: np.uint8
     outliers: NDArray[np.int64]
-    copies: int = 1
+    shares: NDArray[np.float32]
 
     @property
     def bounds(self) -> tuple[np.float32, np.float32]:
@@ -61,24 +61,22 @@ def choose_range(channels: ChannelRange) -> StaticRange:
     """The range of all channels, or of all but some that stand out."""
     low, high = channels.low, channels.high
     order = np.argsort(np.maximum(-low, high))
-    whole = float(high.max() - low.min())
-    best, outliers, copies = _WORTHWHILE * whole, 0, 1
+    kept, copies = order, np.zeros(0, np.int64)
+    narrowest = _WORTHWHILE * float(high.max() - low.min())
     columns = int(len(order) * _COLUMNS)
     for count in range(1, columns + 1):
         inner, outer = order[:-count], order[-count:]
         least, greatest = float(low[inner].min()), float(high[inner].max())
-        needed = 1
-        for beyond, room in ((high[outer].max() - greatest, greatest), (least - low[outer].min(), -least)):
-            if beyond > 0:
-                needed = max(needed, int(np.ceil(beyond / max(room, _SMALLEST_SCALE))))
-        if greatest - least < best and count * needed <= columns:
-            best, outliers, copies = greatest - least, count, needed
-    kept = order[: len(order) - outliers]
+        above = (high[outer] - greatest) / max(greatest, _SMALLEST_SCALE)
+        below = (least - low[outer]) / max(-least, _SMALLEST_SCALE)
+        needed = np.ceil(np.maximum(np.maximum(above, below), 1.0))
+        if greatest - least < narrowest and needed.sum() <= columns:
+            kept, copies, narrowest = inner, needed.astype(np.int64), greatest - least
     least, greatest = float(low[kept].min()), float(high[kept].max())
     scale = np.float32(max((greatest - least) / 255.0, _SMALLEST_SCALE))
     zero_point = np.uint8(np.clip(np.rint(-least / scale), 0, 255))
-    repeated = np.tile(np.sort(order[len(kept) :]), copies)
-    return StaticRange(scale, zero_point, repeated.astype(np.int64), copies)
+    outliers = np.repeat(order[len(kept) :], copies).astype(np.int64)
+    return StaticRange(scale, zero_point, outliers, (1.0 / np.repeat(copies, copies)).astype(np.float32))
 
 
 def add_static_products(
@@ -118,11 +116,11 @@ def _quantized(editor: Editor, node: Any, rows: Any, levels: StaticRange) -> lis
             editor.constant(f"{name}_{end}", np.array(bound))
             for end, bound in zip(("low", "high"), levels.bounds, strict=True)
         )
-        # A copy holds its part of what lies beyond, so that together they reach `copies` times as far.
-        coarse = editor.constant(f"{name}_coarse_scale", np.array(levels.scale * np.float32(levels.copies)))
+        shares = editor.constant(f"{name}_shares", levels.shares)
         (picked,) = editor.before(node, "Gather", [rows, indices], axis=-1)
         (clipped,) = editor.before(node, "Clip", [picked, low, high])
         (beyond,) = editor.before(node, "Sub", [picked, clipped])
-        (columns,) = editor.before(node, "QuantizeLinear", [beyond, coarse, zero_point])
+        (shared,) = editor.before(node, "Mul", [beyond, shares])
+        (columns,) = editor.before(node, "QuantizeLinear", [shared, scale, zero_point])
         (result,) = editor.before(node, "Concat", [result, columns], axis=-1)
     return [result, scale, zero_point]

@@ -40,7 +40,7 @@ class CrossCache(DecoderCache):
             bind_input(binding, entry.past, tensor[:, :, :0].contiguous())
             bind_output(binding, entry.present, tensor)
         logits = super().run({**inputs, "use_cache_branch": np.array([False])}, keep, reuse)
-        # Later runs do not ask for them again: an output that is not bound is not fetched.
+        # Later runs compute none of this: logits and caches are bound anew.
         binding.clear_binding_outputs()
         self._bound, self._logits = -1, np.empty(0)
         binding.bind_cpu_input("use_cache_branch", np.array([True]))
@@ -51,6 +51,8 @@ class CrossCache(DecoderCache):
         self._cross = cross
         for entry, tensor in zip(self.decoder.cross, cross, strict=True):
             bind_input(self._binding, entry.past, tensor)
+            # Onto itself: what the graph would copy from one to the other, it then leaves where it is.
+            bind_output(self._binding, entry.present, tensor)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows by index, int64 [batch], as beam search moves them."""

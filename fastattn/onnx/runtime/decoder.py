@@ -30,9 +30,9 @@ class OnnxDecoder(OnnxGenerationModel):
         super().__init__(folder, manifest, provider, session_options)
         (graph,) = self.graphs.values()
         # The operator that every layer must have become to read and write one buffer.
-        cached = manifest["graphs"]["model"].get("fusions", {}).get("cached_attention", 0)
-        shared = cached == (manifest.get("cache") or {}).get("layers")
-        self.decoder_graph = DecoderGraph(graph, shared, self.device)
+        fused = manifest["graphs"]["model"].get("fusions", {}).get("cached_attention", 0)
+        shared = fused == (manifest.get("cache") or {}).get("layers")
+        self.decoder_graph = DecoderGraph(graph, shared, fused > 0, self.device)
         self.generation_config = generation_config_of(folder, self.config)
 
     def new_cache(self, capacity: int) -> DecoderCache:

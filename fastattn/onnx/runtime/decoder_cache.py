@@ -19,6 +19,7 @@ from fastattn.onnx.runtime.graph_session import GraphSession
 __all__ = ["DecoderCache", "DecoderGraph"]
 
 LOGITS_TO_KEEP = "logits_to_keep"
+BY_TOKEN = ("input_ids", "position_ids")
 Array = np.ndarray[Any, Any]
 
 
@@ -30,6 +31,8 @@ class DecoderGraph:
         entries: keys and values of the self-attention, in the graph's order.
         cross: those of the attention to an encoder, if there is one.
         shared: whether past and present may be one buffer.
+        one_row: whether several tokens behind a past are for a batch of one only, which is what ONNX
+            Runtime's GroupQueryAttention says (1.31).
         takes: names of the other inputs.
         keeps: whether the graph can be asked for the last positions' logits alone.
         longest: positions the model has; None for no limit.
@@ -37,8 +40,9 @@ class DecoderGraph:
         dtype, device: of the cache.
     """
 
-    def __init__(self, graph: GraphSession, shared: bool, device: torch.device) -> None:
-        self.graph, self.session, self.shared, self.device = graph, graph.session, shared, device
+    def __init__(self, graph: GraphSession, shared: bool, one_row: bool, device: torch.device) -> None:
+        self.graph, self.session, self.device = graph, graph.session, device
+        self.shared, self.one_row = shared, one_row
         inputs = {value.name: value for value in self.session.get_inputs()}
         self.entries = _entries(inputs, [name for name in graph.input_names if ".encoder." not in name])
         self.cross = _entries(inputs, [name for name in graph.input_names if ".encoder." in name])
@@ -113,7 +117,7 @@ class DecoderCache:
         """
         decoder, storage, binding = self.decoder, self.storage, self._binding
         batch, new = inputs["input_ids"].shape
-        if decoder.shared and batch > 1 and new > 1 and storage.length:
+        if decoder.one_row and batch > 1 and new > 1 and storage.length:
             return self._run_by_columns(inputs, keep)
         total = storage.length + new
         if decoder.longest is not None and total > decoder.longest:
@@ -139,16 +143,14 @@ class DecoderCache:
         return self._logits[:, -keep:]
 
     def _run_by_columns(self, inputs: dict[str, Array], keep: int) -> Array:
-        """One token of every row at a time.
-
-        ONNX Runtime's GroupQueryAttention takes several tokens behind a past in a batch of one only (1.31).
-        """
+        """One token of every row at a time."""
         new = inputs["input_ids"].shape[1]
         logits: list[Array] = []
         for column in range(new):
-            part = {name: value[:, column : column + 1] for name, value in inputs.items()}
-            length = self.storage.length + 1
-            part["attention_mask"] = inputs["attention_mask"][:, :length]
+            columns = {name: inputs[name][:, column : column + 1] for name in BY_TOKEN if name in inputs}
+            part = {**inputs, **columns}
+            if "attention_mask" in inputs:
+                part["attention_mask"] = inputs["attention_mask"][:, : self.storage.length + 1]
             logits.append(self.run({name: np.ascontiguousarray(value) for name, value in part.items()}))
         return np.concatenate(logits[-keep:], 1)
 

@@ -81,9 +81,16 @@ class OnnxEncoderDecoder(OnnxGenerationModel):
         session_options: Any = None,
     ) -> None:
         super().__init__(folder, manifest, provider, session_options)
+        if len(self.graphs) != 2:
+            raise ValueError(
+                f"{folder} has {len(self.graphs)} graphs, not encoder and decoder; export it again"
+            )
         encoder, decoder = self.graphs.values()
         self.encoder = ExportedEncoder(encoder, self.device)
-        self.decoder_graph = DecoderGraph(decoder, False, self.device)
+        self.model = self  # Whisper's generate asks for model.encoder.
+        # Without a mask of its own the decoder knows how much is filled by the length of the past alone.
+        fused = [*manifest["graphs"].values()][1].get("fusions", {}).get("cached_attention", 0)
+        self.decoder_graph = DecoderGraph(decoder, False, fused > 0, self.device)
         self.generation_config = generation_config_of(folder, self.config)
 
     def get_encoder(self) -> ExportedEncoder:
@@ -157,8 +164,8 @@ class OnnxEncoderDecoder(OnnxGenerationModel):
     def _decoder_ids(self, ids: Any, mask: Any) -> Array:
         if mask is not None and not bool((mask != 0).all()):
             raise ValueError(
-                "decoder_attention_mask has zeros, but the export has no padding in the decoder's prompt; give "
-                "rows of one length"
+                "decoder_attention_mask has zeros, but the export has no padding in the decoder's prompt; "
+                "give rows of one length"
             )
         return self.decoder_graph.graph.checked("input_ids", ids)
 

@@ -50,8 +50,8 @@ class OnnxGenerationModel(OnnxPretrainedModel):
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}; an export has one cache "
-                "of its own: leave it out"
+                f"cache_implementation is {generation_config.cache_implementation!r}; an export has one "
+                "cache of its own: leave it out"
             )
         if generation_config.use_cache is False:
             return
@@ -74,6 +74,8 @@ class OnnxGenerationModel(OnnxPretrainedModel):
                 raise ValueError(
                     f"{name}=True, but the export has no such output; ask the original {self.architecture}"
                 )
+        for name in ("tokenizer", "assistant_tokenizer"):
+            model_kwargs.pop(name, None)  # Of stop strings, which are stopping criteria by now.
         device = input_ids.device
         cache = self._own_cache(model_kwargs.get("past_key_values"), generation_config.max_length)
         prefill, step = self._steps(input_ids.cpu(), cache, generation_config, model_kwargs)

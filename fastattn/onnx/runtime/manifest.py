@@ -36,6 +36,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{'update fastattn' if schema > SCHEMA else 'export the model again'}"
             )
         _check_keys(manifest, ("schema", *_NEEDED), "it")
+        if not manifest["graphs"]:
+            raise ValueError("it has no graph")
         for name, graph in manifest["graphs"].items():
             _check_keys(graph, _NEEDED_OF_A_GRAPH, f"its graph {name!r}")
             for entry in graph["inputs"]:

@@ -44,7 +44,7 @@ class OnnxPretrainedModel(OptimizedModel):
         config: the original's.
         generation_config: the original's, of models that generate; else None.
         graphs: the sessions, by the graphs' names.
-        model: the `onnxruntime.InferenceSession` of the graph that gives the answer.
+        session: the `onnxruntime.InferenceSession` of the graph that gives the answer.
         name_or_path: the folder.
     """
 
@@ -70,6 +70,7 @@ class OnnxPretrainedModel(OptimizedModel):
             name: open_graph(folder, manifest, name, provider, session_options) for name in manifest["graphs"]
         }
         last = [*self.graphs.values()][-1]
+        self.session = last.session
         super().__init__(last.session, _config(folder))
         self.name_or_path = str(folder)
         self.architecture: str = manifest["architecture"]
@@ -79,11 +80,6 @@ class OnnxPretrainedModel(OptimizedModel):
         self.device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         floats = [value.type for value in last.session.get_outputs()]
         self.dtype = torch.float16 if all("float16" in each for each in floats) else torch.float32
-
-    @property
-    def session(self) -> Any:
-        """The `onnxruntime.InferenceSession` of the graph that gives the answer."""
-        return self.model
 
     @property
     def input_modalities(self) -> tuple[str, ...]:

@@ -14,7 +14,17 @@ __all__ = ["prepare"]
 
 # The architectures whose models read a text in both directions unless their config says otherwise.
 _ENCODERS = (
-    *("albert", "bert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"),
+    *(
+        "albert",
+        "bert",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "modernbert",
+        "mpnet",
+        "roberta",
+        "xlm-roberta",
+    ),
     "clip_text_model",
 )
 
@@ -47,8 +57,8 @@ def _file(model: Any, example_inputs: Mapping[str, Tensor] | None) -> str:
             return "module"
         names = ", ".join(name for name in known_families() if name != "torch_nn")
         raise ValueError(
-            f"the model is a {type(model).__name__}; transformers models of these families are exported: {names}; "
-            "and any other module with example_inputs, its forward's arguments by name"
+            f"the model is a {type(model).__name__}; transformers models of these families are exported: "
+            f"{names}; and any other module with example_inputs, its forward's arguments by name"
         )
     config: Any = model.config
     inputs = forward_parameters(model)

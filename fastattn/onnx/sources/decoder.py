@@ -8,24 +8,29 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from fastattn.models.dispatch import family_reason
 from fastattn.onnx.cached_attention import fusable, lower_appends
+from fastattn.onnx.decoder_rewrites import rewrite_decoder
 from fastattn.onnx.fusions import FusionError
 from fastattn.onnx.graph_spec import GraphSpec, Source
 from fastattn.onnx.last_positions import LOGITS_TO_KEEP, give_default, keep_last_positions
+from fastattn.onnx.rotary_rewrite import written_out
 from fastattn.onnx.sources.copies import fused_and_reference
 from fastattn.onnx.sources.graph_cache import IMPLEMENTATION, graph_cache
+from fastattn.onnx.sources.rotary_tables import use_rotary_tables
 from fastattn.onnx.sources.tasks import infer_task
 from fastattn.onnx.targets import current_target
 from fastattn.verification.batches import forward_parameters
+from fastattn.verification.comparison import named_tensors
 
 __all__ = ["past_names", "prepare", "present_names"]
 
 # Of the example; no two sizes are equal, none is 1.
 _BATCH, _TOKENS, _PAST = 2, 3, 4
+
+_DEFECT = "this is a defect of fastattn with this version of torch and transformers"
 
 
 def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Tensor] | None) -> Source:
@@ -51,10 +56,13 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
     if hasattr(config, "num_local_experts"):
         # The chosen experts of every token in one product; the others' shapes depend on the router.
         config._experts_implementation = "batched_mm"
+    longest = _longest(reference)
+    use_rotary_tables(fused, longest)
+    if found != "text-generation":
+        return _without_cache(model, found, original, fused, reference, longest)
     module = _WithCache(fused)
     shapes = _cache_shapes(reference)
     inputs, dimensions = _inputs(module, shapes)
-    longest = _longest(reference)
     layers = len(shapes)
     spec = GraphSpec(
         "model",
@@ -83,6 +91,34 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
         },
         generation_config=getattr(model, "generation_config", None),
     )
+
+
+def _without_cache(
+    model: nn.Module, task: str, original: Any, fused: nn.Module, reference: nn.Module, longest: int | None
+) -> Source:
+    """A bare model, or one whose head reads a whole sequence: one pass, run as an encoder is."""
+    for each in (fused, reference):
+        each_config: Any = each.config
+        each_config.use_cache = False
+    config: Any = fused.config
+    mask = torch.ones(_BATCH, _TOKENS + _PAST, dtype=torch.int64)
+    mask[0, _PAST:] = 0
+    ids = torch.arange(3, 3 + mask.numel()).view(mask.shape) % config.vocab_size
+    pad = getattr(config, "pad_token_id", None)
+    inputs = {"input_ids": ids if pad is None else ids.masked_fill(mask == 0, pad), "attention_mask": mask}
+    with torch.no_grad():
+        outputs = tuple(named_tensors(reference(**inputs)))
+    spec = GraphSpec(
+        "model",
+        fused,
+        inputs,
+        dict.fromkeys(inputs, ("batch", "sequence")),
+        outputs,
+        limits={} if longest is None else {"sequence": longest},
+        defaults={"attention_mask": 1},
+        value_limits={"input_ids": config.vocab_size},
+    )
+    return Source("encoder", task, type(model).__name__, original, fused, reference, (spec,))
 
 
 def past_names(layers: int) -> tuple[str, ...]:
@@ -180,11 +216,12 @@ def _one_or_list(sizes: list[int]) -> int | list[int]:
 def _finish(model: ir.Model, fusable: int) -> dict[str, int]:
     """Raises FusionError where fewer than the `fusable` layers became one node over the cache."""
     give_default(model)
+    rotated = sum(node.op_type == "RotaryEmbedding" for node in model.graph)
     served = lower_appends(model)
-    if served < fusable and current_target().contrib:
-        raise FusionError(
-            f"of {fusable} layers' attention {served} became GroupQueryAttention; this is a defect of fastattn "
-            "with this version of torch and transformers"
-        )
-    common.NameFixPass()(model)
-    return {"cached_attention": served}
+    contrib = current_target().contrib
+    if served < fusable and contrib:
+        raise FusionError(f"of {fusable} layers' attention {served} became GroupQueryAttention; {_DEFECT}")
+    found = rewrite_decoder(model)
+    if contrib and written_out(model):
+        raise FusionError(f"rotary embedding is left written out {written_out(model)} times; {_DEFECT}")
+    return {"cached_attention": served, "rotary": found["fuse_rotary"] + rotated}

@@ -18,7 +18,13 @@ from fastattn.onnx.cross_cache import cached_or_fresh
 from fastattn.onnx.last_positions import LOGITS_TO_KEEP, keep_last_positions
 from fastattn.onnx.sources.graph_cache import graph_cache
 
-__all__ = ["CrossAttention", "DecodingStep", "EncoderPass", "cross_attentions"]
+__all__ = [
+    "CrossAttention",
+    "DecodingStep",
+    "EncoderPass",
+    "cross_attentions",
+    "without_causal_masks",
+]
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,14 @@ class DecodingStep(nn.Module):
             graph_cache(list(zip(own[::2], own[1::2], strict=True)), there, tokens), DynamicCache()
         )
         cache.cross_attention_cache.layers = [
-            _Filled(*pair) for pair in zip(crossed[::2], crossed[1::2], strict=True)
+            _filled(*pair) for pair in zip(crossed[::2], crossed[1::2], strict=True)
         ]
         cache.is_updated = dict.fromkeys(range(len(layers)), True)
         head, keep = model.get_output_embeddings(), inputs[LOGITS_TO_KEEP]
         hook = head.register_forward_pre_hook(lambda _, args: (keep_last_positions(args[0], keep),))
         mask = inputs.get("encoder_attention_mask")
         try:
-            with _without_causal_masks(model):
+            with without_causal_masks(model):
                 logits = model(
                     decoder_input_ids=tokens,
                     encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -117,13 +123,12 @@ def _past(inputs: Mapping[str, Tensor], side: str, layers: int) -> list[Tensor]:
     ]
 
 
-class _Filled(DynamicLayer):
+def _filled(keys: Tensor, values: Tensor) -> DynamicLayer:
     """A layer of a cache that nothing is added to."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
 
 
 # Our attention function, and masks of the encoder's padding alone: every one of the decoder's tokens is real,
@@ -142,9 +147,11 @@ AttentionMaskInterface.register(_IMPLEMENTATION, _mask_of_the_encoder)
 
 
 @contextmanager
-def _without_causal_masks(model: nn.Module) -> Iterator[None]:
+def without_causal_masks(model: nn.Module) -> Iterator[None]:
     """The model's layers use `_IMPLEMENTATION` within."""
-    configs = {id(config): config for config in (getattr(m, "config", None) for m in model.modules()) if config}
+    configs = {
+        id(config): config for config in (getattr(m, "config", None) for m in model.modules()) if config
+    }
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():

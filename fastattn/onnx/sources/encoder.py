@@ -37,8 +37,8 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
     config: Any = model.config
     if getattr(config, "add_cross_attention", False):
         raise ValueError(
-            "the model attends to an encoder's output (config.add_cross_attention), and the graph of an encoder "
-            "has no input for it; load the model with add_cross_attention=False"
+            "the model attends to an encoder's output (config.add_cross_attention), and its graph has no "
+            "input for that; load the model with add_cross_attention=False"
         )
     fused, reference = fused_and_reference(model)
     original: Any = type(config).from_dict(reference.config.to_dict())  # type: ignore[union-attr, operator]
@@ -102,7 +102,9 @@ def value_limits(config: Any, names: tuple[str, ...]) -> dict[str, int]:
 
 def defaults(names: tuple[str, ...]) -> dict[str, int]:
     """What stands in where a caller leaves an input out, as in the original."""
-    return {name: default for name, default in {"attention_mask": 1, "token_type_ids": 0}.items() if name in names}
+    return {
+        name: default for name, default in {"attention_mask": 1, "token_type_ids": 0}.items() if name in names
+    }
 
 
 def _types(config: Any) -> int:
@@ -123,7 +125,10 @@ def text_example(
 
 
 def checked_example(
-    inputs: Mapping[str, Tensor], names: tuple[str, ...], dimensions: tuple[str, ...], limits: Mapping[str, int]
+    inputs: Mapping[str, Tensor],
+    names: tuple[str, ...],
+    dimensions: tuple[str, ...],
+    limits: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """The caller's batch on the CPU, in the graph's order.
 

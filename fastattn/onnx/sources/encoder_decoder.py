@@ -1,4 +1,6 @@
-"""Encoder-decoders that generate: one graph of the encoder, one of the decoder with its caches in and out."""
+"""Encoder-decoders: of those that generate one graph of the encoder, one of the decoder with its caches in
+and out; of all others one graph.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from fastattn.onnx.row_rewrites import compute_in_rows
 from fastattn.onnx.sources.copies import fused_and_reference
 from fastattn.onnx.sources.decoding_step import CrossAttention, DecodingStep, EncoderPass, cross_attentions
 from fastattn.onnx.sources.tasks import infer_task
+from fastattn.onnx.sources.whole_encoder_decoder import whole_pass
 from fastattn.onnx.targets import current_target
 
 __all__ = ["GENERATING", "prepare"]
@@ -36,15 +39,9 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
         TypeError, ValueError: what is wrong with the model, the task or the example.
     """
     found = infer_task(model, task)
-    if found not in GENERATING:
-        raise ValueError(
-            f"the model is a {type(model).__name__}, of task {found!r}; of encoder-decoders those of "
-            f"{', '.join(map(repr, GENERATING))} are exported"
-        )
     if example_inputs is not None:
         raise ValueError(
-            "example_inputs is for modules of your own: an encoder-decoder's graphs are traced with examples of "
-            "every size their inputs may have; leave it out"
+            f"example_inputs is given, but {type(model).__name__} says itself what it takes; leave it out"
         )
     config: Any = model.config
     fused, reference = fused_and_reference(model)
@@ -54,6 +51,14 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
         # Only tensors leave a graph, under their names.
         each_config.return_dict = True
         each_config.output_hidden_states = each_config.output_attentions = False
+    if found not in GENERATING:
+        for part in (*fused.modules(), *reference.modules()):
+            # T5's decoder has a config of its own.
+            own: Any = getattr(part, "config", None)
+            if own is not None:
+                own.use_cache = False
+        spec = whole_pass(fused, reference)
+        return Source("encoder", found, type(model).__name__, original, fused, reference, (spec,))
     speech = found == "automatic-speech-recognition"
     return Source(
         "encoder-decoder",

@@ -32,7 +32,9 @@ class _GraphLayer(CacheLayerMixin):
     def lazy_initialization(self, *args: Any) -> None:
         """Nothing is missing: the past is there."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         key, value = (
             append(past, new, self._mask, self._tokens)
             for past, new in zip(self._past, (key_states, value_states), strict=True)
@@ -51,8 +53,8 @@ class _GraphLayer(CacheLayerMixin):
 
 
 def graph_cache(past: Sequence[tuple[Tensor, Tensor]], attention_mask: Tensor, tokens: Tensor) -> Cache:
-    """A transformers cache of `past`, key and value [B, H, P, D] of every layer, for tokens [B, S] under a mask
-    [B, T]; afterwards each of its `layers` has `present`, key and value [B, H, T, D].
+    """A transformers cache of `past`, key and value [B, H, P, D] of every layer, for tokens [B, S] under a
+    mask [B, T]; afterwards each of its `layers` has `present`, key and value [B, H, T, D].
     """
     return Cache(layers=[_GraphLayer(each, attention_mask, tokens) for each in past])
 
@@ -65,7 +67,7 @@ _WINDOW = sliding_window_overlay(1).__code__
 def _mask_of_keys(
     mask_function: Any = causal_mask_function, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
-    """The attention mask as it is, [B, T]: causality and the window are what the attention layers say themselves.
+    """The attention mask as it is, [B, T]: causality and the window are what the layers say themselves.
 
     Raises:
         ValueError: another pattern of visible keys.

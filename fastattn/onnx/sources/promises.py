@@ -54,8 +54,8 @@ _PROMISES = {
 def traced_operations(fused: nn.Module) -> dict[str, int]:
     """How many of fastattn's operations, by name, the trace of a swapped encoder must hold at least.
 
-    Layers that the caller left out of the swap, or that cannot be swapped, are not counted; nor is a model that
-    is told to pad promised to be packed.
+    Layers that the caller left out of the swap, or that cannot be swapped, are not counted; nor is a model
+    that is told to pad promised to be packed.
     """
     found: Counter[str] = Counter()
     modules = list(fused.modules())
@@ -89,7 +89,7 @@ def _asks_the_interface(module: nn.Module) -> bool:
     config = getattr(module, "config", None)
     return (
         not isinstance(module, FusedLayer)
-        and dispatches(type(module))
+        and dispatches(type(module))  # type: ignore[arg-type]  # mypy finds no hash in a class of modules
         and getattr(config, "_attn_implementation", None) == NAME
     )
 

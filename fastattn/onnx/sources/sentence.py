@@ -41,7 +41,8 @@ def prepare(model: Any, task: str | None, example_inputs: Mapping[str, Tensor] |
     """
     if task is not None and task.removesuffix("-with-past") not in (*_TASKS, "default"):
         raise ValueError(
-            f"task is {task!r}, but a SentenceTransformer is for {' and '.join(map(repr, _TASKS))}; leave task out"
+            f"task is {task!r}, but a SentenceTransformer is for {' and '.join(map(repr, _TASKS))}; "
+            "leave task out"
         )
     transformer, following = _parts(model)
     fused, reference = fused_and_reference(transformer)
@@ -103,8 +104,8 @@ def _parts(model: Any) -> tuple[nn.Module, nn.Sequential]:
     reads = getattr(first, "modality_config", {}).get("text", {})
     if transformer is None or type(first).__name__ != "Transformer":
         raise ValueError(
-            f"the SentenceTransformer begins with a {type(first).__name__}; one that begins with a Transformer "
-            "of texts can be exported"
+            f"the SentenceTransformer begins with a {type(first).__name__}; one that begins with a "
+            "Transformer of texts can be exported"
         )
     if reads and (reads["method"], reads["method_output_name"]) != ("forward", "last_hidden_state"):
         raise ValueError(
@@ -114,14 +115,14 @@ def _parts(model: Any) -> tuple[nn.Module, nn.Sequential]:
     for module in others:
         if type(module).__name__ not in _FOLLOWING:
             raise ValueError(
-                f"the SentenceTransformer has a {type(module).__name__}; {', '.join(_FOLLOWING)} can be exported "
-                "after the transformer"
+                f"the SentenceTransformer has a {type(module).__name__}; {', '.join(_FOLLOWING)} can be "
+                "exported after the transformer"
             )
         if not getattr(module, "include_prompt", True):
             raise ValueError(
-                "the SentenceTransformer's Pooling leaves the prompt out (include_prompt=False), and the graph is "
-                "not told how long that is; set include_prompt to True if no prompt is used, or export "
-                "model[0].auto_model and pool its output yourself"
+                "the SentenceTransformer's Pooling leaves the prompt out (include_prompt=False), and the "
+                "graph is not told how long that is; set include_prompt to True if no prompt is used, or "
+                "export model[0].auto_model and pool its output yourself"
             )
     if not any(type(module).__name__ == "Pooling" for module in others):
         raise ValueError("the SentenceTransformer has no Pooling; export model[0].auto_model")

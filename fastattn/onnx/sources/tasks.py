@@ -8,9 +8,9 @@ from torch import nn
 
 __all__ = ["infer_task"]
 
-# End of a class's name -> its task, where optimum's manager knows none, or that of another auto class which can
-# load this one too: BART's language model comes first among those that fill masks, and CLIP's two towers with
-# their similarities among the models without a head.
+# End of a class's name -> its task, where optimum's manager knows none, or that of another auto class which
+# can load this one too: BART's language model comes first among those that fill masks, and CLIP's two towers
+# with their similarities among the models without a head.
 _OWN = {
     "ForNextSentencePrediction": "next-sentence-prediction",
     "ForPreTraining": "pretraining",
@@ -46,9 +46,7 @@ def infer_task(model: nn.Module, task: str | None) -> str:
     config: Any = model.config
     loader = _loader(manager, wanted, getattr(config, "model_type", None))
     way = f"load the model with {loader}" if loader else "load the model with that head"
-    raise ValueError(
-        f"task is {task!r}, but {name} has the head of {found!r}; {way}, or leave task out to export it as it is"
-    )
+    raise ValueError(f"task is {task!r}, but {name} has the head of {found!r}; {way}, or leave task out")
 
 
 def _of_class(model: nn.Module) -> str:
@@ -66,9 +64,9 @@ def _of_class(model: nn.Module) -> str:
             continue
         return found
     raise ValueError(
-        f"no task is known of {type(model).__name__}; classes that one of transformers' auto classes loads can be "
-        "exported (AutoModel, AutoModelForSequenceClassification, ...), and, with example_inputs, modules that are "
-        "no transformers models"
+        f"no task is known of {type(model).__name__}; classes that one of transformers' auto classes loads "
+        "can be exported (AutoModel, AutoModelForSequenceClassification, ...), and, with example_inputs, "
+        "modules that are no transformers models"
     )
 
 

@@ -25,8 +25,8 @@ _SIMILARITIES = ("logits_per_image", "logits_per_text", "text_embeds", "image_em
 def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Tensor] | None) -> Source:
     """Check that `model` can be exported and make the copies; `model` itself is not touched.
 
-    Images have the size the config names, and their number varies; CLIP's texts and images are as many as each
-    are.
+    Images have the size the config names, and their number varies; of CLIP's texts and images there may be
+    different numbers.
 
     Raises:
         TypeError, ValueError: what is wrong with the model, the task or the example.
@@ -46,7 +46,10 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
     inputs, limits, value_limits = {"pixel_values": noise}, {}, {}
     if has_texts:
         text = config.text_config
-        limits, value_limits = limits_of(reference.text_model), {"input_ids": int(text.vocab_size)}
+        limits, value_limits = (
+            limits_of(reference.get_submodule("text_model")),
+            {"input_ids": int(text.vocab_size)},
+        )
         tokens = text_example(text, ("input_ids", "attention_mask"), texts, limits)
         # Three texts: as many as images would be taken for the same number.
         tokens = {name: torch.cat((x, x[:1])) for name, x in tokens.items()}

@@ -1,8 +1,9 @@
 """`optimum-cli export fastattn -m MODEL OUTPUT_DIR`: what `fastattn export` does, under optimum's command.
 
-optimum reads every file of the namespace `optimum.commands.register`. This one is not installed into it: without
-optimum it would make a package `optimum` that holds nothing, which transformers and peft take for the real one. It
-lies in a folder of fastattn's, and `fastattn-optimum.pth` puts that on the path where optimum is installed (setup.py).
+optimum reads every file of the namespace `optimum.commands.register`. This one is not installed into it:
+without optimum it would make a package `optimum` that holds nothing, which transformers and peft take for the
+real one. It lies in a folder of fastattn's, and `fastattn-optimum.pth` puts that on the path where optimum is
+installed (setup.py).
 """
 
 from __future__ import annotations
