@@ -27,6 +27,8 @@ TEST = [
     "mypy",
     "setuptools>=77",
     "kernels",
+    # transformers' image pipelines ask for it.
+    "pillow",
     'triton; sys_platform == "linux"',
     *DEMO,
 ]

@@ -63,12 +63,14 @@ def export(
         target: "cpu" and "web": ONNX Runtime's own operators; "cuda": those of its CUDA provider; "standard":
             ai.onnx alone.
         task: found from the model's class, in optimum's words; a task given must be one the model has the
-            head for. tokenizer: saved beside the model (or a processor). example_inputs: the batch to trace
-            with; for a module of your own its forward's arguments by name, float32, int64, int32 or bool, in
-            a batch of at least two sequences whose length is another number.
+            head for.
+        tokenizer: saved beside the model (or a processor); a SentenceTransformer's own if left out.
+        example_inputs: the batch to trace with; for a module of your own its forward's arguments by name,
+            float32, int64, int32 or bool, in a batch of at least two sequences whose length is another
+            number.
         layouts: "auto", one name or several of `fastattn.onnx.layouts.LAYOUTS`.
         verify: compare the written files, in ONNX Runtime, with the unswapped model in PyTorch.
-        calibration: batches of the model's inputs, for static int8.
+        calibration: typical batches of the model's inputs, for static int8.
         reference: the model that verification compares with and the loss of precision is measured from;
             default the model's own weights on the original layers.
 
@@ -89,6 +91,10 @@ def export(
         1
     """
     chosen = _checked_target(precision, target, calibration)
+    if tokenizer is None:
+        tokenizer = (
+            getattr(model, "tokenizer", None) if hasattr(model, "encode") else None
+        )  # a SentenceTransformer's
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; it must have save_pretrained")
     require("onnx", "onnxscript", *(["onnxruntime"] if verify or precision != "fp32" else []))
@@ -127,7 +133,7 @@ def export(
                     precision,
                     provider=chosen.provider,
                     contrib=chosen.contrib,
-                    calibration=calibration,
+                    calibration=None if calibration is None else _calibration(source, calibration),
                 )
                 if "GatherBlockQuantized" in chosen.unknown:
                     without_block_gathers(graph.model)
@@ -135,7 +141,9 @@ def export(
                 # Half precision changes the caches' dtype.
                 dtypes = {value.name: value.dtype for value in graph.model.graph.inputs}
                 for entry in manifest["graphs"][name]["inputs"]:
-                    entry["dtype"] = dtypes[entry["name"]].numpy().name
+                    dtype = dtypes[entry["name"]]
+                    assert dtype is not None
+                    entry["dtype"] = dtype.numpy().name
             _write_graphs(converted, manifest, made, chosen, stages)
         if verify:
             stages.begin("measuring")
@@ -190,7 +198,7 @@ def _require_provider(target: Target) -> None:
     if target.provider not in available:
         raise ValueError(
             f"target {target.name!r} cannot be verified here: onnxruntime has no {target.provider} (it has "
-            f"{', '.join(available)}); install a build that has it, or pass verify=False and verify where it runs"
+            f"{', '.join(available)}); install a build that has it, or pass verify=False and verify elsewhere"
         )
 
 
@@ -213,6 +221,36 @@ def _manifest(
         "decisions": [],
         "verification": None,
     }
+
+
+def _calibration(source: Source, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+    """The batches as the graph's inputs, numpy arrays; what it does not take and the model does is left out.
+
+    Raises:
+        ValueError: an input that is missing, or one the model does not take.
+    """
+    from fastattn.verification.batches import forward_parameters
+
+    if len(source.graphs) != 1:
+        raise ValueError(f"calibration is for models of one graph; a {source.architecture} has several")
+    (spec,) = source.graphs
+    accepted = {*spec.inputs, *forward_parameters(source.reference)}
+    feeds = []
+    for number, batch in enumerate(batches):
+        unknown = [name for name in batch if name not in accepted]
+        if unknown:
+            raise ValueError(
+                f"calibration batch {number} has {unknown[0]!r}; the model takes {sorted(accepted)}"
+            )
+        given = {name: batch[name].detach().cpu().numpy() for name in spec.inputs if name in batch}
+        for name in spec.inputs:
+            if name not in given and name in spec.defaults and given:
+                given[name] = next(iter(given.values())) * 0 + spec.defaults[name]
+        missing = [name for name in spec.inputs if name not in given]
+        if missing:
+            raise ValueError(f"calibration batch {number} has no {missing[0]!r}; it has {sorted(batch)}")
+        feeds.append(given)
+    return feeds
 
 
 def _measured(
@@ -260,7 +298,8 @@ def _write_graphs(
             properties["decisions"] = json.dumps(decisions)
         model.producer_name, model.producer_version = "fastattn", fastattn.__version__
         model.metadata_props.update({f"fastattn.{key}": value for key, value in properties.items()})
-        weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+        tensors = (value.const_value for value in model.graph.initializers.values())
+        weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         external = f"{file.name}.data" if weights > EXTERNAL_DATA_BYTES else None
         onnx_ir.save(model, file, external_data=external)
         onnx.checker.check_model(str(file), full_check=not target.contrib)

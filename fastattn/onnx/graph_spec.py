@@ -33,8 +33,8 @@ class GraphSpec:
         promised: fused nodes this graph must hold besides those the traced operations become, by kind.
         traced: operations of fastattn's, by name, that the trace must hold at least.
         finish: rewrites of the source's own, after translation and `rewrites.rewrite`; returns fusions by
-            kind. fixes_sizes: whether the module may fix a dimension that `dimensions` names (a user's own
-            may).
+            kind.
+        fixes_sizes: whether the module may fix a dimension that `dimensions` names (a user's own may).
     """
 
     name: str
@@ -65,15 +65,17 @@ class Source:
 
     Attributes:
         kind: one of `KINDS`.
-        task: what a Hugging Face model's head is for, in optimum's words; None for a module of the user's
-            own. architecture: the model's class. config: the user's config without any trace of the swap;
-            None for a module of the user's own. fused: swapped, in eval mode. reference: the same weights on
-            the original layers, in eval mode. graphs: what is to be made of `fused`. cache: of decoders,
-            "layers", "kv_heads", "key_dim" and "value_dim" (of every layer, or a list of each layer's), and
-            "cross_heads" where there is an encoder.
+        task: what a Hugging Face model's head is for, in optimum's words; None for a module of one's own.
+        architecture: the model's class.
+        config: the user's config without any trace of the swap; None for a module of one's own.
+        fused: swapped, in eval mode.
+        reference: the same weights on the original layers, in eval mode.
+        graphs: what is to be made of `fused`.
+        cache: of decoders, "layers", "kv_heads", "key_dim" and "value_dim" (of every layer, or a list of each
+            layer's), and "cross_heads" where there is an encoder.
         generation_config: saved beside the model, for decoders.
-        original: the user's own object where the graphs are made of a part of it: a SentenceTransformer, whose
-            other files a layout may want.
+        original: the user's own object where the graphs are made of a part of it: a SentenceTransformer,
+            whose other files a layout may want.
     """
 
     kind: str

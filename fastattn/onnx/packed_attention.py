@@ -81,7 +81,9 @@ def attend_each_sequence(
         return attend(parts, queries, keys, vector(0))
 
     def one_by_one() -> Any:
-        return _loop_over_sequences(query, key, value, key_rows, bounds_q, bounds_k, dtype, heads * head_dim, attend)
+        return _loop_over_sequences(
+            query, key, value, key_rows, bounds_q, bounds_k, dtype, heads * head_dim, attend
+        )
 
     # One sequence, as a request of its own is, needs no loop, whose slices and joins copy (4% of BERT-base at
     # 128 tokens in int8).
@@ -110,7 +112,7 @@ def _loop_over_sequences(
     width: int,
     attend: Callable[..., Any],
 ) -> Any:
-    """`attend` on the rows of each sequence, joined: [1, Tq, width]; query, key and value are [1, T, H * D]."""
+    """`attend` on the rows of each sequence, joined: [1, Tq, width]; query, key, value are [1, T, H * D]."""
     floats = ir.TensorType(dtype)
     sequences = ir.SequenceType(floats)
     # As columns, so that taking one gives the [1] that Slice wants.

@@ -25,10 +25,12 @@ class ExportResult:
         outputs: names of the outputs (of the graph that gives the answer).
         nodes: nodes of the graphs, subgraphs not counted.
         fusions: fused nodes by kind, of all graphs.
-        loss: of precision (or to the `reference`): the cosine with its outputs and the gate; None where there
-            is none. decisions: what was quantized, how and why, and what was left. layouts: whose loaders
-            read the folder. verification: every comparison made; None where verify was False. speed:
-            milliseconds a batch of the untouched model in PyTorch and of the export, and their ratio; None
+        verification: every comparison made; None where verify was False.
+        loss: of precision (or from the `reference`): the cosine with its outputs and the gate; None where
+            there is none.
+        decisions: what was quantized, how and why, and what was left.
+        layouts: whose loaders read the folder.
+        speed: milliseconds a batch of the untouched model in PyTorch and of the export, and their ratio; None
             where verify was False.
     """
 

@@ -12,7 +12,6 @@ from fastattn import ops
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
-ir = pytest.importorskip("onnx_ir")
 
 from exported_cases import Exported, assert_close, in_float64
 
@@ -228,6 +227,8 @@ def test_varlen_attention(name, packed_results):
 
 def test_packed_attention_loops_over_the_sequences_and_selects_keys_itself(packed):
     """Nothing is padded on the hot path, and a table of keys is read in place; on a GPU nothing loops."""
+    import onnx_ir as ir
+
     nodes = list(ir.traversal.RecursiveGraphIterator(packed.model.graph))
     loops = [node for node in nodes if node.op_type == "Loop"]
     if packed.target == "cuda":

@@ -68,10 +68,12 @@ def test_a_lost_weight_is_found_and_leaves_the_earlier_export(new_bert, tmp_path
         write(converted, *rest)
 
     monkeypatch.setattr(exporter, "_write_graphs", damaged)
-    with pytest.raises(fastattn.VerificationError, match="accepted is 1.00e-04"):
+    with pytest.raises(fastattn.VerificationError, match=r"accepted is 1\.00e-04"):
         fastattn.export(model, tmp_path)
     assert snapshot(tmp_path) == before
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted({name.split("/")[0] for name in before})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
+        {name.split("/")[0] for name in before}
+    )
 
 
 def test_files_of_an_earlier_export_go_and_others_stay(new_bert, tmp_path):
@@ -85,7 +87,9 @@ def test_files_of_an_earlier_export_go_and_others_stay(new_bert, tmp_path):
     outside.write_text("mine", encoding="utf-8")
     fastattn.export(new_bert(), tmp_path, verify=False)
     assert not (tmp_path / "old.onnx").exists()
-    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == outside.read_text(encoding="utf-8") == "mine"
+    assert (
+        (tmp_path / "notes.txt").read_text(encoding="utf-8") == outside.read_text(encoding="utf-8") == "mine"
+    )
     outside.unlink()
 
 
@@ -100,7 +104,7 @@ def test_the_loss_of_precision_is_measured_and_gated(new_bert, tmp_path, monkeyp
     assert manifest["verification"]["loss"] == result.loss
     assert manifest["decisions"] == list(result.decisions)
     monkeypatch.setitem(precision_check.GATES, "int8", 1.0)
-    with pytest.raises(fastattn.VerificationError, match="int8 must keep 1.0"):
+    with pytest.raises(fastattn.VerificationError, match=r"int8 must keep 1\.0"):
         fastattn.export(model, tmp_path / "strict", precision="int8")
     assert not (tmp_path / "strict").exists()
 
@@ -131,7 +135,7 @@ def test_a_target_that_cannot_run_here_says_so_before_any_work(new_bert, tmp_pat
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime runs target cuda")
-    with pytest.raises(ValueError, match="has no CUDAExecutionProvider .*verify=False"):
+    with pytest.raises(ValueError, match=r"has no CUDAExecutionProvider .*verify=False"):
         fastattn.export(new_bert(), tmp_path / "out", target="cuda")
     assert not (tmp_path / "out").exists()
 

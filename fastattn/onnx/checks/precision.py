@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.onnx.checks.whole_forward import WholeForward
-from fastattn.verification import VerificationError, VerificationReport, adversarial_batches, real_positions
+from fastattn.verification import VerificationError, VerificationReport, real_positions
 from fastattn.verification.report import CaseResult
 
 __all__ = ["GATES", "check_precision"]
@@ -31,8 +31,7 @@ def check_precision(run: WholeForward, precision: str, reference: nn.Module) -> 
     """
     gate = GATES.get(precision)
     worst: tuple[float, float, str] = (2.0, 2.0, "")
-    for case, drawn in adversarial_batches(reference).items():
-        batch = run.batch(drawn)
+    for case, batch in run.drawn().items():
         mask = batch.get("attention_mask") if "decoder_input_ids" not in batch else None
         found, expected = run.found(batch), run.expected(reference, batch)
         for name, value in expected.items():

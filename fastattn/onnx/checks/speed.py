@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from fastattn.onnx.checks.whole_forward import WholeForward
-from fastattn.verification import adversarial_batches
 
 __all__ = ["measure_speed"]
 
@@ -18,8 +17,7 @@ def measure_speed(run: WholeForward, reference: nn.Module, budget_s: float = 2.0
     """
     from fastattn.bench.timing import Contender, measure
 
-    drawn = adversarial_batches(reference)
-    batch = run.batch(drawn.get("right padding") or next(iter(drawn.values())))
+    batch = run.typical()
     mask = batch.get("attention_mask")
     size = next(iter(batch.values())).shape
     workload = " x ".join(map(str, size if mask is None else mask.shape))

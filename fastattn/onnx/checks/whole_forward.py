@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastattn.onnx.graph_spec import Source
 from fastattn.onnx.runtime.plain import OnnxModel
+from fastattn.verification import adversarial_batches
 from fastattn.verification.comparison import named_tensors
 
 __all__ = ["WholeForward"]
@@ -31,6 +32,20 @@ class WholeForward:
         self._graphs = {
             spec.name: OnnxModel(folder, session_options, graph=spec.name) for spec in source.graphs
         }
+
+    def typical(self) -> dict[str, Tensor]:
+        """A batch with padding, where the model has any; of a module of the user's own the example."""
+        if self._source.kind == "module":
+            return dict(self._source.graphs[0].inputs)
+        drawn = adversarial_batches(self._source.reference)
+        return self.batch(drawn.get("right padding") or next(iter(drawn.values())))
+
+    def drawn(self) -> dict[str, dict[str, Tensor]]:
+        """Batches with and without padding by case."""
+        if self._source.kind == "module":
+            return {"the example": self.typical()}
+        batches = adversarial_batches(self._source.reference)
+        return {case: self.batch(batch) for case, batch in batches.items()}
 
     def batch(self, batch: Batch) -> dict[str, Tensor]:
         """Of a batch of the original's inputs, what both sides take; what has a default and is left out is

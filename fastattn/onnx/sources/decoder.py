@@ -46,6 +46,11 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
         )
     fused, reference = fused_and_reference(model)
     config: Any = fused.config
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            f"{type(model).__name__} has cross-attention (config.add_cross_attention), and a decoder's "
+            "graph has no inputs for it; export the encoder-decoder it belongs to"
+        )
     original: Any = type(config).from_dict(reference.config.to_dict())  # type: ignore[union-attr, operator]
     for each in (fused, reference):
         each_config: Any = each.config
@@ -60,7 +65,7 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
     use_rotary_tables(fused, longest)
     if found != "text-generation":
         return _without_cache(model, found, original, fused, reference, longest)
-    module = _WithCache(fused)
+    module = _WithCache(fused, _takes_positions(reference))
     shapes = _cache_shapes(reference)
     inputs, dimensions = _inputs(module, shapes)
     layers = len(shapes)
@@ -134,10 +139,10 @@ def present_names(layers: int) -> tuple[str, ...]:
 class _WithCache(nn.Module):
     """The model with its cache as tensors: logits, and present keys and values of every layer."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, takes_positions: bool) -> None:
         super().__init__()
         self.model = model
-        self.takes_positions = "position_ids" in forward_parameters(model)
+        self.takes_positions = takes_positions
 
     def forward(
         self,
@@ -200,6 +205,22 @@ def _inputs(
             dimensions[name] = ("batch_size", heads, "past_sequence", head_dim)
     inputs[LOGITS_TO_KEEP], dimensions[LOGITS_TO_KEEP] = torch.tensor([0]), (1,)
     return inputs, dimensions
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether a caller numbers the tokens. Where none are given the first token's position is 0, padding or
+    not; but OPT counts the real ones itself, and its graph does as well.
+    """
+    if "position_ids" not in forward_parameters(model):
+        return False
+    config: Any = model.config
+    ids = torch.arange(3, 3 + _TOKENS)[None] % config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    with torch.no_grad():
+        itself = model(input_ids=ids, attention_mask=mask)[0][:, -1]
+        given = model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(_TOKENS)[None])[0][:, -1]
+    return bool(torch.allclose(itself, given, rtol=1e-6, atol=1e-6))
 
 
 def _longest(model: nn.Module) -> int | None:
