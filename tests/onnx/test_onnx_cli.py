@@ -13,8 +13,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-pytestmark = pytest.mark.model
-
 
 @pytest.fixture
 def saved(new_bert, tmp_path):

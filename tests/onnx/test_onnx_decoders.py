@@ -21,6 +21,8 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "models")]
 
 from family_models import BY_NAME, build  # noqa: E402
 
+pytestmark = pytest.mark.model
+
 TOLERANCE = 1e-4
 
 # Case -> what makes its heads a multiple of 8 wide, which GroupQueryAttention asks for, and what its graph

@@ -22,8 +22,6 @@ import transformers
 
 from fastattn.onnx import convert, exporter, rewrites, translations
 
-pytestmark = pytest.mark.model
-
 
 @pytest.fixture
 def model(new_bert):

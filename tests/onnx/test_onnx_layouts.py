@@ -24,7 +24,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-pytestmark = pytest.mark.model
 
 SERVING = Path(__file__).parents[1] / "serving"
 

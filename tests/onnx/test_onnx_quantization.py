@@ -206,7 +206,8 @@ def test_a_head_tied_to_the_embedding_is_stored_once(precision, width):
     assert len(data) == 1
     rows, logits = run(model, ids=np.array([0, 699, 5]))
     bits = 4 if precision == "int4-weight" else 8
-    close(rows, table[[0, 699, 5]].astype(np.float64), 0.1 if bits == 4 else 0.005)
+    # Four bits: half a step of 1/15 of the range, and what the range leaves out to lessen the whole error.
+    close(rows, table[[0, 699, 5]].astype(np.float64), 0.15 if bits == 4 else 0.005)
     close(logits, rows.astype(np.float64) @ table.T, 0.1 if bits == 4 else 0.02)
 
 

@@ -26,7 +26,7 @@ def dequantized(blocks, width):
     return values.reshape(len(data), -1)[:, :width]
 
 
-@pytest.mark.parametrize("precision, bits, size", [("int8-weight", 8, 128), ("int4-weight", 4, 64)])
+@pytest.mark.parametrize("precision, bits, size", [("int8-weight", 8, 128), ("int4-weight", 4, 128)])
 @pytest.mark.parametrize("inputs", [16, 100, 128, 300])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_read_the_stored_weights(precision, bits, size, inputs, bias):

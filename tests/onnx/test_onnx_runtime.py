@@ -15,8 +15,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-pytestmark = pytest.mark.model
-
 
 def test_torch_and_numpy_in_the_same_kind_out(exported_model):
     batch = token_batch([6, 3], 6)

@@ -21,8 +21,6 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("optimum")
 
-pytestmark = pytest.mark.model
-
 
 @pytest.fixture
 def folder(exported, tmp_path):

@@ -17,7 +17,6 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("optimum")
 
-pytestmark = pytest.mark.model
 
 WORDS = 400
 TEXTS = ["w20 w21 w22", "w30 w31 w32 w33 w34 w35 w36"]

@@ -18,8 +18,6 @@ sentence_transformers = pytest.importorskip("sentence_transformers")
 
 from sentence_transformers.sentence_transformer.modules import Pooling  # noqa: E402
 
-pytestmark = pytest.mark.model
-
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
 
 

@@ -19,8 +19,6 @@ from fastattn.onnx import exporter
 from fastattn.onnx.checks import precision as precision_check
 from fastattn.onnx.checks import speed
 
-pytestmark = pytest.mark.model
-
 
 @pytest.fixture(autouse=True)
 def _without_timing(monkeypatch, request):

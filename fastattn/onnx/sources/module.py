@@ -73,7 +73,7 @@ def _leading(inputs: Mapping[str, Tensor]) -> str:
 
 
 def _dimensions(inputs: Mapping[str, Tensor]) -> dict[str, tuple[str | int, ...]]:
-    """Every dimension as long as the batch or the sequence is one of them; features, which come last, are not."""
+    """Every dimension as long as batch or sequence is that one; features, which come last, are not."""
     leading = _leading(inputs)
     names = dict(zip(inputs[leading].shape[:2], ("batch", "sequence"), strict=True))
     found: dict[str, tuple[str | int, ...]] = {}
