@@ -77,7 +77,10 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
         ("logits", *present_names(layers)),
         limits={} if longest is None else {"past_sequence + sequence": longest},
         defaults={LOGITS_TO_KEEP: 0},
-        value_limits={"input_ids": config.vocab_size, **({"position_ids": longest} if longest else {})},
+        value_limits={
+            "input_ids": config.vocab_size,
+            **({"position_ids": longest} if longest and module.takes_positions else {}),
+        },
         finish=partial(_finish, fusable=sum(fusable(key.shape[3], value.shape[3]) for key, value in shapes)),
     )
     return Source(
