@@ -91,6 +91,7 @@ def export(
         1
     """
     chosen = _checked_target(precision, target, calibration)
+    batches = None if calibration is None else list(calibration)
     if tokenizer is None:
         tokenizer = (
             getattr(model, "tokenizer", None) if hasattr(model, "encode") else None
@@ -133,7 +134,7 @@ def export(
                     precision,
                     provider=chosen.provider,
                     contrib=chosen.contrib,
-                    calibration=None if calibration is None else _calibration(source, calibration),
+                    calibration=None if batches is None else _calibration(source, batches),
                 )
                 if "GatherBlockQuantized" in chosen.unknown:
                     without_block_gathers(graph.model)
@@ -147,7 +148,7 @@ def export(
             _write_graphs(converted, manifest, made, chosen, stages)
         if verify:
             stages.begin("measuring")
-            loss, speed = _measured(made, source, precision, reference)
+            loss, speed = _measured(made, source, precision, reference, batches)
             manifest["verification"] = verification_figures(report, loss)
         if wanted:
             stages.begin("writing layouts")
@@ -224,11 +225,14 @@ def _manifest(
 
 
 def _calibration(source: Source, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
-    """The batches as the graph's inputs, numpy arrays; what it does not take and the model does is left out.
+    """The batches (tensors or arrays) as the graph's inputs; what it does not take and the model does is left
+    out.
 
     Raises:
         ValueError: an input that is missing, or one the model does not take.
     """
+    import torch
+
     from fastattn.verification.batches import forward_parameters
 
     if len(source.graphs) != 1:
@@ -242,7 +246,9 @@ def _calibration(source: Source, batches: Iterable[Mapping[str, Tensor]]) -> lis
             raise ValueError(
                 f"calibration batch {number} has {unknown[0]!r}; the model takes {sorted(accepted)}"
             )
-        given = {name: batch[name].detach().cpu().numpy() for name in spec.inputs if name in batch}
+        given = {
+            name: torch.as_tensor(batch[name]).detach().cpu().numpy() for name in spec.inputs if name in batch
+        }
         for name in spec.inputs:
             if name not in given and name in spec.defaults and given:
                 given[name] = next(iter(given.values())) * 0 + spec.defaults[name]
@@ -254,7 +260,11 @@ def _calibration(source: Source, batches: Iterable[Mapping[str, Tensor]]) -> lis
 
 
 def _measured(
-    made: Path, source: Source, precision: str, reference: Any
+    made: Path,
+    source: Source,
+    precision: str,
+    reference: Any,
+    calibration: list[Mapping[str, Tensor]] | None,
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The loss of precision, where there is one, and the speed."""
     from fastattn.onnx.checks.precision import check_precision
@@ -265,8 +275,17 @@ def _measured(
     loss = None
     if precision != "fp32" or reference is not None:
         original = source.reference if reference is None else reference.eval()
-        loss = check_precision(run, precision, original)
+        # Ranges measured on typical inputs are right for those, not for random tokens.
+        drawn = None if calibration is None else _some(run, calibration)
+        loss = check_precision(run, precision, original, drawn)
     return loss, measure_speed(run, source.reference)
+
+
+def _some(run: Any, calibration: list[Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    import torch
+
+    batches = ({name: torch.as_tensor(x) for name, x in batch.items()} for batch in calibration[:4])
+    return {f"calibration batch {number}": run.batch(batch) for number, batch in enumerate(batches)}
 
 
 def _files_before(folder: Path) -> tuple[str, ...]:
