@@ -14,9 +14,10 @@ from fastattn.verification.report import CaseResult
 
 __all__ = ["GATES", "check_precision"]
 
-# Mean cosine between the rows of an output and the reference's (a token's hidden state, a token's logits) that
-# a precision must keep, on the worst batch. The batches are random tokens, which spread activations wider than
-# texts do: MiniLM in int8 keeps 0.975 on them and 0.991 on sentences. Something broken is far below.
+# Mean cosine between the rows of an output and the reference's (a token's hidden state, a token's logits)
+# that a precision must keep, on the worst batch. The batches are random tokens, which spread activations
+# wider than texts do: MiniLM in int8 keeps 0.975 on them and 0.991 on sentences. Something broken is far
+# below.
 GATES = {"fp16": 0.9999, "int8": 0.95, "int8-weight": 0.99, "int4-weight": 0.9}
 
 
