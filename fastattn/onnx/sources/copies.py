@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,10 @@ def fused_and_reference(model: nn.Module, *, must_swap: bool = True) -> tuple[nn
     """
     reference, fused = _private_copy(model), _private_copy(model)
     restore(reference)
+    config: Any = getattr(reference, "config", None)
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        # transformers' SDPA leaves the cap out, and its older versions choose it for Gemma 2 all the same.
+        reference.set_attn_implementation("eager")  # type: ignore[operator]
     if not is_swapped(fused):
         report = optimize(fused)
         if must_swap and not report.swapped:
