@@ -237,7 +237,10 @@ def test_varlen_attention(name, packed_results):
 
 def test_relative_bias_and_alibi_stay_in_the_loop_over_sequences(packed_model):
     """Made for each sequence's own lengths, inside; only what the fused operator cannot say is padded."""
-    loops = [node for node in packed_model.model.graph if node.op_type == "Loop"]
+    import onnx_ir as ir
+
+    nodes = ir.traversal.RecursiveGraphIterator(packed_model.model.graph)
+    loops = [node for node in nodes if node.op_type == "Loop"]
     beyond = sum("sinks" in name or "everything" in name for name in PACKED)
     assert len(loops) == {"cpu": len(LOOPS), "standard": len(PACKED) - beyond, "cuda": 0}[packed_model.target]
     for loop in loops:
