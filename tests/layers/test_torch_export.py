@@ -15,6 +15,8 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+pytestmark = pytest.mark.usefixtures("brief_speed")
+
 N, LONGEST = 24, 40
 
 

@@ -25,15 +25,6 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tensors this small a second thread costs more than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # A family's case, what its configuration is changed to, the attention implementation, and why some of its
 # layers are then skipped.
 FORMS = {

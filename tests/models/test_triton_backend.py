@@ -34,7 +34,7 @@ counted(fastattn_kernels.activation, "bias_gelu_forward")
 
 torch.manual_seed(0)
 config = transformers.BertConfig(
-    vocab_size=100, hidden_size=60, num_attention_heads=3, num_hidden_layers=2, intermediate_size=72,
+    vocab_size=100, hidden_size=60, num_attention_heads=3, num_hidden_layers=1, intermediate_size=72,
     max_position_embeddings=24,
 )
 model = transformers.BertForSequenceClassification(config).eval()
@@ -82,12 +82,12 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 if sys.argv[1] == "llama":
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=60, hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3,
+        vocab_size=60, hidden_size=36, intermediate_size=44, num_hidden_layers=1, num_attention_heads=3,
         num_key_value_heads=1, head_dim=12,
     ))
 else:
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=60, d_model=36, d_kv=12, num_heads=3, d_ff=44, num_layers=2,
+        vocab_size=60, d_model=36, d_kv=12, num_heads=3, d_ff=44, num_layers=1,
         feed_forward_proj="gated-gelu",
         relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0,
     ))

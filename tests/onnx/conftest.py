@@ -8,6 +8,11 @@ import torch
 LAYERS = 2
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _brief_speed(brief_speed) -> None:
+    """In every test of this folder."""
+
+
 def small_config(**changes):
     import transformers
 

@@ -87,7 +87,6 @@ def test_optimum_cli_knows_the_command(installed):
         assert option in result.stdout
 
 
-@pytest.mark.model
 @pytest.mark.parametrize("installed", ["wheel"], indirect=True)
 def test_optimum_cli_exports(installed, new_bert, tmp_path):
     pytest.importorskip("optimum.commands.optimum_cli", reason="optimum is not installed")

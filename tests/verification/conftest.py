@@ -15,14 +15,6 @@ import fastattn
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def spread(model):
     """Weights wide enough that attention is not nearly uniform, where most errors would hardly show."""
     with torch.no_grad():

@@ -31,6 +31,7 @@ def measure_speed(run: WholeForward, reference: nn.Module, budget_s: float = 2.0
         check=None,
         budget_s=budget_s,
         min_rounds=5,
+        resources=False,
     )
     if not all(row.wall_ms for row in rows):
         return None

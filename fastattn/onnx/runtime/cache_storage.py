@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ def bind_output(binding: Any, name: str, tensor: Tensor) -> None:
     binding.bind_output(name, device.type, device.index or 0, dtype, tuple(tensor.shape), tensor.data_ptr())
 
 
-class CacheStorage:
+class CacheStorage(ABC):
     """Room for `capacity` positions of every entry, `length` of them filled. Nothing is held before
     `reserve`.
 
@@ -70,21 +71,21 @@ class CacheStorage:
         self._allocate(batch, max(length, capacity, 2 * self.capacity if self.length else 0))
         self.version += 1
 
+    @abstractmethod
     def filled(self) -> list[Tensor]:
         """Views [batch, heads, length, size] of the filled positions, in the entries' order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bind(self, binding: Any, new: int) -> None:
         """Bind past and present for a run that adds `new` positions."""
-        raise NotImplementedError
 
     def advance(self, new: int) -> None:
         """Take the run's present as filled."""
         self.length += new
 
+    @abstractmethod
     def crop(self, length: int) -> None:
         """Keep the first `length` positions."""
-        raise NotImplementedError
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, int64 [new batch], in this order; a row may be taken several times."""
@@ -100,9 +101,9 @@ class CacheStorage:
         for view, tensor in zip(self.filled(), filled, strict=True):
             view.copy_(tensor)
 
+    @abstractmethod
     def _allocate(self, batch: int, capacity: int) -> None:
         """Make the buffers, and copy what is filled."""
-        raise NotImplementedError
 
 
 class SharedStorage(CacheStorage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ class OnnxGenerationModel(OnnxPretrainedModel):
     def can_generate(self) -> bool:
         return True
 
+    @abstractmethod
     def new_cache(self, capacity: int) -> DecoderCache:
         """An empty cache that expects so many positions."""
-        raise NotImplementedError
 
     # The three methods below are where transformers' GenerationMixin.generate asks the model; were one of
     # them renamed, generate would take its own loop, over `forward`, and answer the same more slowly.
@@ -96,11 +97,11 @@ class OnnxGenerationModel(OnnxPretrainedModel):
         decoded.sequences = decoded.sequences.to(device)
         return self._generated(decoded, cache, generation_config) if wanted else decoded.sequences
 
+    @abstractmethod
     def _steps(
         self, input_ids: Tensor, cache: DecoderCache, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> tuple[Callable[[], Array], Callable[[Array], Array]]:
         """What `decode` calls for the logits of the prompt and of every next token."""
-        raise NotImplementedError
 
     def _generated(self, decoded: Decoded, cache: DecoderCache, generation_config: Any) -> Any:
         encoder_decoder = self.config.is_encoder_decoder
