@@ -15,7 +15,16 @@ from torch.nn.functional import pad
 
 from fastattn.ops.validation import is_traced
 
-__all__ = ["PADDINGS", "Packing", "PackingError", "can_pack", "data_dependent_shapes", "is_right_padded"]
+__all__ = [
+    "PADDINGS",
+    "Dense",
+    "Packing",
+    "PackingError",
+    "PackingThreshold",
+    "can_pack",
+    "data_dependent_shapes",
+    "is_right_padded",
+]
 
 PADDINGS = ("auto", "packed", "padded")
 
@@ -157,6 +166,58 @@ class Packing:
     def keys(self, x: Tensor) -> Tensor:
         """[Tq, ...] -> [Tk, ...]: the rows that are real tokens."""
         return x if self.key_rows is None else x.index_select(0, self.key_rows)
+
+
+@dataclass(frozen=True)
+class PackingThreshold:
+    """From which fill on a batch is faster computed with its padding than packed, as measured on one device.
+
+    Attributes:
+        device: the type of that device, as `torch.device.type` has it; tensors of others are always packed.
+        fills: (positions, fill): batches of B * S = positions run padded from that fill on, 1.0 where none
+            with padding does. A batch of another size goes by the nearest one measured.
+    """
+
+    device: str
+    fills: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        for positions, fill in self.fills:
+            if positions < 1 or not 0 <= fill <= 1:
+                raise ValueError(
+                    f"fills has {(positions, fill)}; it must hold pairs of positions, 1 or more, and a fill "
+                    "from 0 to 1"
+                )
+
+    def is_dense(self, mask: Tensor) -> bool:
+        """Whether a batch with this padding mask, bool [B, S] with True = real, is to run padded."""
+        # Values of a traced mask are not known; a graph packs, or not, for every batch alike.
+        if not self.fills or mask.device.type != self.device or is_traced(mask) or not mask.numel():
+            return False
+        positions = mask.numel()
+        _, fill = min(self.fills, key=lambda each: max(each[0] / positions, positions / each[0]))
+        return fill < 1 and fill * positions <= int(mask.sum()) < positions
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A padded batch so full that all of it is computed: stands where a `Packing` would, and its outputs have
+    their zeros at the same positions.
+
+    Attributes:
+        mask: bool [B, S], True = real.
+    """
+
+    mask: Tensor
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[B, S, N] as it is."""
+        return padded
+
+    def unpack(self, padded: Tensor) -> Tensor:
+        """[B, S, N] -> [B, S, N], zeros where a `Packing` would have computed nothing."""
+        first = torch.arange(self.mask.shape[1], device=self.mask.device) == 0
+        return padded.masked_fill(~(self.mask | first).unsqueeze(-1), 0)
 
 
 def is_right_padded(mask: Tensor) -> bool:

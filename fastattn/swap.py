@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,10 @@ from fastattn.models.family import Family, Site, families_in, known_families
 from fastattn.models.links import link_layers, unlink
 from fastattn.packing import PADDINGS
 from fastattn.report import format_table
+from fastattn.tuning.cache import cache_file, stored
+
+if TYPE_CHECKING:
+    from fastattn.tuning.outcome import Tuning
 
 __all__ = ["SiteReport", "SwapReport", "is_swapped", "optimize", "optimized", "plan", "restore"]
 
@@ -30,6 +34,7 @@ MODES = ("auto", "inference", "training")
 # Instance attributes of swapped modules; `restore` takes them away again.
 _ORIGINAL_CONFIG = "_fastattn_original_config"
 _PADDING = "fastattn_padding"
+_THRESHOLD = "fastattn_threshold"
 
 
 @dataclass(frozen=True)
@@ -95,16 +100,17 @@ def optimize(
         model: any `nn.Module` that holds layers of a known family; it keeps working for training, saving and
             export.
         mode: "auto", "inference" or "training". Every swap of this version serves both, so all three swap the
-            same.
-        padding: "auto" runs encoders on real tokens only wherever the call allows it, "packed" raises where
-            it does
-            not, "padded" never does. Padded positions of a packed encoder's last hidden state are zero.
+            same; "auto" also reads what `fastattn tune` measured on this machine, and the report says what of
+            it was applied. It changes which of two ways a batch is computed, never what its outputs mean.
+        padding: "auto" runs encoders on real tokens only wherever the call allows it (and, with mode "auto",
+            where `fastattn tune` did not find the padded way faster), "packed" raises where it does not,
+            "padded" never does. Padded positions of a packed encoder's last hidden state are zero.
         cuda_graphs: not available in this version; True raises.
         exclude: names of modules to leave alone, as `named_modules` gives them, with shell wildcards.
 
     Returns:
         The report: every layer swapped or skipped, with the reason. Calling twice changes nothing more,
-        except that `padding` takes the new value.
+        except that `padding` and what was tuned take their new values.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or is compiled or scripted.
@@ -124,14 +130,27 @@ def optimize(
     if cuda_graphs:
         raise ValueError("cuda_graphs=True is not available in this version; leave it False")
     planned = _plan(model, tuple([exclude] if isinstance(exclude, str) else exclude))
+    tuning = _tuning(model) if mode == "auto" else None
     changed: list[nn.Module] = []
     try:
-        _apply(model, planned, padding, changed)
+        _apply(model, planned, padding, tuning, changed)
     except BaseException:
         for module in changed:
             _restore_module(module)
         raise
+    if tuning is not None:
+        packs = padding == "auto" and any(hasattr(site.replacement, _THRESHOLD) for _, site in planned.swaps)
+        said = [f"tuned: {line}" for line in tuning.applied()] if packs else []
+        said += [f"tuning advises: {line}" for line in tuning.advice()]
+        where = f"{tuning.measured_utc} UTC on this machine, {cache_file()}"
+        planned.report.notes.extend(f"{line} (measured {where})" for line in said)
     return planned.report
+
+
+def _tuning(model: nn.Module) -> Tuning | None:
+    """What `fastattn tune` measured on this machine's device that the model is on."""
+    device = next((parameter.device.type for parameter in model.parameters()), "")
+    return stored(device) if device in ("cpu", "cuda") else None
 
 
 def restore(model: nn.Module) -> None:
@@ -308,7 +327,9 @@ def _class_before(module: nn.Module) -> type[nn.Module]:
     return module.fastattn_original if isinstance(module, FusedLayer) else type(module)
 
 
-def _apply(model: nn.Module, planned: _Plan, padding: str, changed: list[nn.Module]) -> None:
+def _apply(
+    model: nn.Module, planned: _Plan, padding: str, tuning: Tuning | None, changed: list[nn.Module]
+) -> None:
     """Carry the plan out; `changed` collects the modules that were not as they are now."""
     for config in planned.configs:
         from fastattn.models.interface import NAME
@@ -328,6 +349,7 @@ def _apply(model: nn.Module, planned: _Plan, padding: str, changed: list[nn.Modu
             module.__class__ = site.replacement
         if hasattr(site.replacement, _PADDING):
             module.__dict__[_PADDING] = padding
+            module.__dict__[_THRESHOLD] = None if tuning is None else tuning.threshold
     if planned.swaps:
         link_layers(model)
 
@@ -335,6 +357,7 @@ def _apply(model: nn.Module, planned: _Plan, padding: str, changed: list[nn.Modu
 def _restore_module(module: nn.Module) -> None:
     if isinstance(module, FusedLayer):
         module.__dict__.pop(_PADDING, None)
+        module.__dict__.pop(_THRESHOLD, None)
         unlink(module)
         module.__class__ = module.fastattn_original  # type: ignore[assignment]
     original = module.__dict__.pop(_ORIGINAL_CONFIG, None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
-HELP = "print what a time measured here depends on: processor, memory, versions, commit"
+HELP = "print what a time measured here depends on: processor, memory, versions, commit, tuning"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fastattn.bench.environment import capture_environment, environment_text
+    from fastattn.tuning.cache import cache_file, machines
 
-    environment = capture_environment()
+    path = cache_file()
+    home = Path.home()
+    tuning = {
+        # For a bug report: without the user's name.
+        "file": f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path),
+        "machines": list(machines()),
+    }
+    environment = {**capture_environment(), "tuning": tuning}
     print(json.dumps(environment, indent=2) if args.json else environment_text(environment))
     return 0

@@ -24,7 +24,7 @@ from fastattn.layers.sublayers import (
     settled,
 )
 from fastattn.layers.visibility import Visibility, is_causal_mask, padding_of
-from fastattn.packing import Packing, PackingError, can_pack
+from fastattn.packing import Dense, Packing, PackingError, PackingThreshold, can_pack
 
 __all__ = ["TransformerEncoder", "TransformerEncoderLayer", "is_token_wise"]
 
@@ -153,6 +153,9 @@ class TransformerEncoder(TorchLayer, nn.TransformerEncoder):
     # "auto", "packed" or "padded"; `fastattn.optimize` sets it on the instance.
     fastattn_padding: str = "auto"
 
+    # What `fastattn tune` measured, where `optimize` found it: "auto" then runs full batches padded.
+    fastattn_threshold: PackingThreshold | None = None
+
     def __init__(
         self,
         encoder_layer: nn.TransformerEncoderLayer,
@@ -196,7 +199,7 @@ class TransformerEncoder(TorchLayer, nn.TransformerEncoder):
         hint = causal if is_causal is None else is_causal
         visibility = Visibility(padding, mask, hint, causal)
         packing = self._packing(x, visibility, batch_first)
-        if packing is not None:
+        if isinstance(packing, Packing):
             out = self._packed(x if batch_first else x.transpose(0, 1), packing, causal)
             out = out if batch_first else out.transpose(0, 1).contiguous()
             return without_batch(out, src, batch_first)
@@ -208,6 +211,9 @@ class TransformerEncoder(TorchLayer, nn.TransformerEncoder):
             else:
                 total, pending = layer.advance(total, pending, visibility)
         out = settled(total, pending) if self.norm is None else normalized(self.norm, total, pending)[0]
+        if packing is not None:
+            zeroed = packing.unpack(out if batch_first else out.transpose(0, 1))
+            out = zeroed if batch_first else zeroed.transpose(0, 1).contiguous()
         return without_batch(out, src, batch_first)
 
     def _packed(self, x: Tensor, packing: Packing, causal: bool) -> Tensor:
@@ -223,7 +229,7 @@ class TransformerEncoder(TorchLayer, nn.TransformerEncoder):
         normed: Tensor = self.norm(packing.unpack(settled(total, pending)))
         return normed
 
-    def _packing(self, x: Tensor, visibility: Visibility, batch_first: bool) -> Packing | None:
+    def _packing(self, x: Tensor, visibility: Visibility, batch_first: bool) -> Packing | Dense | None:
         padding = visibility.key_padding_mask
         if padding is None or self.fastattn_padding == "padded":
             return None
@@ -242,7 +248,16 @@ class TransformerEncoder(TorchLayer, nn.TransformerEncoder):
             self._refuse_padding(reason, padding)
             return None
         assert hidden is not None
-        return Packing.from_mask(~hidden)
+        return Dense(~hidden) if self._runs_dense(~hidden) else Packing.from_mask(~hidden)
+
+    def _runs_dense(self, mask: Tensor) -> bool:
+        """Whether `mask`, bool [B, S] with True = real, is full enough; a norm that looks beyond a token is
+        given zeros for the padding, as after a packed batch.
+        """
+        threshold = self.fastattn_threshold
+        if self.fastattn_padding != "auto" or threshold is None or not threshold.is_dense(mask):
+            return False
+        return self.norm is None or is_token_wise(self.norm)
 
     def _cannot_pack(self, visibility: Visibility) -> str | None:
         """Why this call must run padded; None where it may be packed."""

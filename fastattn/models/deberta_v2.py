@@ -18,7 +18,7 @@ from fastattn.layers import FusedActivation, FusedLayer, FusedResidualNorm, proj
 from fastattn.models.family import Family, Site
 from fastattn.models.packed import PackedRegion
 from fastattn.ops.validation import is_traced
-from fastattn.packing import Packing
+from fastattn.packing import Dense, Packing
 
 __all__ = ["FAMILY"]
 
@@ -181,7 +181,13 @@ class DebertaV2Encoder(PackedRegion, modeling_deberta_v2.DebertaV2Encoder):
         # The model makes a mask of its own, of floats, where it is given none.
         if mask is not None and not is_traced(mask) and torch.equal(mask, mask.bool().to(mask.dtype)):
             mask = mask.bool()
-        return super()._packing(hidden_states, mask, *rest)
+        packing = super()._packing(hidden_states, mask, *rest)
+        assert not isinstance(packing, Dense)
+        return packing
+
+    def _runs_dense(self, mask: Tensor) -> bool:
+        # The threshold is of plain attention. Padded, this one's scores are the original's, of all positions.
+        return False
 
     def cannot_pack(
         self, hidden_states: Tensor, mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

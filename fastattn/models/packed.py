@@ -12,7 +12,7 @@ from fastattn.layers import FusedLayer, modules_below
 from fastattn.layers.border import Border, is_differentiable, may_hand_over
 from fastattn.models.interface import is_recording_hook, recorded_outputs
 from fastattn.ops.validation import is_traced
-from fastattn.packing import Packing, PackingError, can_pack, is_right_padded
+from fastattn.packing import Dense, Packing, PackingError, PackingThreshold, can_pack, is_right_padded
 
 __all__ = ["PackedRegion"]
 
@@ -36,6 +36,9 @@ class PackedRegion(FusedLayer):
     # On every swapped instance, the caller's choice.
     fastattn_padding: str = "auto"
 
+    # What `fastattn tune` measured, where `optimize` found it: padding="auto" then runs full batches padded.
+    fastattn_threshold: PackingThreshold | None = None
+
     # Set on instances by `link_layers`.
     fastattn_packed_before: ClassVar[Border | None] = None
     fastattn_packed_after: ClassVar[Border | None] = None
@@ -51,8 +54,12 @@ class PackedRegion(FusedLayer):
         packed = None if ahead is None or ahead[1] is not packing else ahead[2]
         if packed is None or not is_differentiable(packed, hidden_states):
             packed = packing.pack(hidden_states)
-        args, kwargs = self.packed_arguments(packing, args, kwargs)
-        return self._unpacked(super().forward(packed, packing, *args, **kwargs), attention_mask, packing)
+        if isinstance(packing, Dense):
+            outputs = super().forward(packed, attention_mask, *args, **kwargs)
+        else:
+            args, kwargs = self.packed_arguments(packing, args, kwargs)
+            outputs = super().forward(packed, packing, *args, **kwargs)
+        return self._unpacked(outputs, attention_mask, packing)
 
     def packed_arguments(
         self, packing: Packing, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -60,7 +67,7 @@ class PackedRegion(FusedLayer):
         """The other arguments as the packed call takes them."""
         return args, kwargs
 
-    def _unpacked(self, outputs: Any, mask: Tensor | None, packing: Packing) -> Any:
+    def _unpacked(self, outputs: Any, mask: Tensor | None, packing: Packing | Dense) -> Any:
         """The outputs with the first hidden states among them padded again."""
         if isinstance(outputs, Tensor):
             packed = outputs
@@ -81,14 +88,14 @@ class PackedRegion(FusedLayer):
         self,
         hidden_states: Tensor,
         mask: Tensor | None,
-        ahead: tuple[Tensor, Packing, Tensor] | None,
+        ahead: tuple[Tensor, Packing | Dense, Tensor] | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Packing | None:
+    ) -> Packing | Dense | None:
         if mask is None or self.fastattn_padding == "padded":
             return None
         reason = self.cannot_pack(hidden_states, mask, args, kwargs)
-        packing = None
+        packing: Packing | Dense | None = None
         if (
             reason is None
             and ahead is not None
@@ -97,6 +104,8 @@ class PackedRegion(FusedLayer):
             return ahead[1]
         if reason is None and self.relative_positions and is_traced(mask):
             packing = Packing.up_to_the_last_token(mask)
+        elif reason is None and self._runs_dense(mask):
+            packing = Dense(mask)
         elif reason is None:
             packing = Packing.from_mask(mask)
             if packing is not None and self.relative_positions and not is_right_padded(mask):
@@ -104,6 +113,10 @@ class PackedRegion(FusedLayer):
         if reason is not None and self.fastattn_padding == "packed":
             raise PackingError(f'padding="packed" cannot be kept in this call: {reason}; use padding="auto"')
         return packing
+
+    def _runs_dense(self, mask: Tensor) -> bool:
+        threshold = self.fastattn_threshold
+        return self.fastattn_padding == "auto" and threshold is not None and threshold.is_dense(mask)
 
     def _tells_the_same(self, first: Tensor, second: Tensor) -> bool:
         if first.shape != second.shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastattn.bench.environment import cpu_flags
+from fastattn.processor import cpu_flags
 
 __all__ = ["int8_instructions", "saturates_products"]
 
