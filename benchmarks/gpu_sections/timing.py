@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,47 +11,12 @@ import torch
 from torch import Tensor
 
 from fastattn.bench import Contender, MissingError, Parity, Row, measure
+from fastattn.bench.timers import CudaTimer
 from gpu_sections.record import Record
 
 OURS = "fastattn"
 # gpu.py refuses to time without a GPU; the tests make the cases, small, on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class FlushedTimer:
-    """Device seconds of one call from a cold L2 cache.
-
-    The flush and a pause run on the device while the host enqueues the call, so that what is timed is the
-    device's work and not the host's launch.
-    """
-
-    # Five times the largest L2 there is (B200: 126 MB).
-    flush_bytes = 640 * 2**20
-    # Some 300 us, longer than the host takes to enqueue any of the calls.
-    pause_cycles = 500_000
-
-    def __init__(self) -> None:
-        self._scratch = torch.empty(self.flush_bytes, dtype=torch.int8, device="cuda")
-
-    def now(self) -> float:
-        """Seconds on the wall clock."""
-        return time.perf_counter()
-
-    def sample(self, run: Callable[[], Any], calls: int) -> tuple[float, float, float | None, Any]:
-        """Device seconds, which ratios are made of; the processor's; the device's again; the output."""
-        event: Any = torch.cuda.Event
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        self._scratch.zero_()
-        torch.cuda._sleep(self.pause_cycles)
-        cpu = time.process_time()
-        start.record()
-        for _ in range(calls):
-            output = run()
-        end.record()
-        cpu = time.process_time() - cpu
-        torch.cuda.synchronize()
-        seconds = start.elapsed_time(end) / 1e3
-        return seconds, cpu, seconds, output
 
 
 @dataclass(frozen=True)
@@ -119,7 +83,7 @@ class Ceilings:
     samples_ms: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def measured(cls, timer: FlushedTimer, rounds: int = 12) -> Ceilings:
+    def measured(cls, timer: CudaTimer, rounds: int = 12) -> Ceilings:
         """Both, the fastest of `rounds` after a warm-up."""
         count = 2**30
         source = torch.randint(256, (count,), dtype=torch.uint8, device="cuda")
@@ -127,7 +91,7 @@ class Ceilings:
         left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         samples: dict[str, list[float]] = {}
         for name, run in {"copy": lambda: target.copy_(source), "gemm": lambda: left @ right}.items():
-            times = [timer.sample(run, 1)[0] for _ in range(rounds + 3)][3:]
+            times = [timer.sample(run, 1).wall_s for _ in range(rounds + 3)][3:]
             samples[name] = [each * 1e3 for each in times]
         copy, gemm = (min(samples[name]) / 1e3 for name in ("copy", "gemm"))
         return cls(2 * count / copy / 1e9, 2 * 8192**3 / gemm / 1e12, samples)
@@ -141,7 +105,7 @@ def run_cases(record: Record, cases: Sequence[tuple[str, Callable[[], Case]]], r
         cases: names with what makes them, so that memory is taken one case at a time.
         rounds_s: seconds of timed rounds a case.
     """
-    timer = FlushedTimer()
+    timer = CudaTimer(flush_l2=True)
     ceilings = Ceilings.measured(timer)
     record.set(ceilings=vars(ceilings))
     with torch.no_grad():
@@ -157,7 +121,7 @@ def run_cases(record: Record, cases: Sequence[tuple[str, Callable[[], Case]]], r
                 rows = measure(
                     case.contenders, check=case.check, baseline=case.baselines, device="cuda",
                     budget_s=min(rounds_s, record.seconds_left), min_rounds=7, warmup=4,
-                    min_sample_ms=0.0, timer=timer,
+                    min_sample_ms=0.0, resources=False, timer=timer,
                 )  # fmt: skip
             except Exception as error:
                 record.add({"case": name, "left_out": f"{type(error).__name__}: {error}", "rows": []})

@@ -7,16 +7,18 @@ from fastattn.bench.ratio import Ratio, paired_ratio
 from fastattn.bench.report import Report
 from fastattn.bench.result import BenchmarkResult, Measurement
 from fastattn.bench.rows import Row
-from fastattn.bench.timing import Contender, MissingError, measure
+from fastattn.bench.timing import Contender, Interrupted, MissingError, Prepared, measure
 from fastattn.bench.workloads import Workload, auto_workloads
 
 __all__ = [
     "FP32_TOLERANCE",
     "BenchmarkResult",
     "Contender",
+    "Interrupted",
     "Measurement",
     "MissingError",
     "Parity",
+    "Prepared",
     "Ratio",
     "Report",
     "Row",

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import fastattn
+from fastattn.processor import output_of, processor
 
-__all__ = ["capture_environment", "cpu_flags", "environment_text"]
+__all__ = ["capture_environment", "environment_text", "load_average"]
 
 _PACKAGES = ("torch", "triton", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy")
-# The instructions that decide which of PyTorch's and ONNX Runtime's kernels run, x86 and Arm.
-_FLAGS = (
-    "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8",
-    "amx_tile", "asimd", "bf16", "i8mm", "sve",
-)  # fmt: skip
 
 
 def capture_environment() -> dict[str, Any]:
@@ -41,12 +36,9 @@ def capture_environment() -> dict[str, Any]:
         "os": _operating_system(),
         "python": platform.python_version(),
         "cpu": {
-            "model": _cpu_model(),
-            "cores": os.cpu_count(),
-            "usable_cores": _usable_cores(),
-            "flags": [flag for flag in _FLAGS if flag in cpu_flags()],
+            **processor(),
             "torch_threads": torch.get_num_threads(),
-            "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            "load_average": load_average(),
         },
         "memory_gib": _memory_gib(),
         "packages": {"fastattn": fastattn.__version__, **{name: _version(name) for name in _PACKAGES}},
@@ -69,43 +61,9 @@ def environment_text(environment: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def cpu_flags() -> frozenset[str]:
-    """The processor's instruction-set flags as Linux names them; empty where they cannot be read."""
-    for line in _cpuinfo():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
-
-
-def _usable_cores() -> int | None:
-    """Cores this process may run on: fewer than the machine has where it is confined to some of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-
-
-def _cpu_model() -> str | None:
-    fields: dict[str, str] = {}
-    for line in _cpuinfo():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    if "model name" in fields:
-        # Hypervisors hide the product name; family and model still tell the generation.
-        numbers = [
-            f"{label} {fields[key]}"
-            for label, key in (("family", "cpu family"), ("model", "model"))
-            if key in fields
-        ]
-        return fields["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
-    if platform.system() == "Darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string")
-    return platform.processor() or platform.machine() or None
+def load_average() -> float | None:
+    """The load of the last minute, None where the system keeps none."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _memory_gib() -> float | None:
@@ -135,22 +93,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def _git() -> dict[str, Any] | None:
     """The commit of the checkout fastattn itself is in: an installed copy may lie inside somebody else's."""
     root = Path(fastattn.__file__).resolve().parent.parent
-    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    top = output_of("git", "-C", str(root), "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root:
         return None
-    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
-    status = _output("git", "-C", str(root), "status", "--porcelain")
+    commit = output_of("git", "-C", str(root), "rev-parse", "HEAD")
+    status = output_of("git", "-C", str(root), "status", "--porcelain")
     return {"commit": commit, "dirty": None if status is None else bool(status)} if commit else None
 
 
@@ -160,7 +110,7 @@ def _gpu() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "name": properties.name,
         "count": torch.cuda.device_count(),

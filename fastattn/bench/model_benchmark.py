@@ -1,35 +1,28 @@
-"""`fastattn.benchmark`: a model measured against itself before the swap."""
+"""`fastattn.benchmark`: a model measured against itself before the swap, and against other ways to run it."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 
-from fastattn.bench.contenders import (
-    AUTO,
-    BUILDERS,
-    DTYPES,
-    OURS,
-    UNTOUCHED,
-    Forward,
-    Source,
-    auto_dtypes,
-    copy_of,
-    label,
-)
+from fastattn.bench.attribution import attributions
+from fastattn.bench.choices import check_choices, check_model, choose_workloads
+from fastattn.bench.contenders import Source, copy_of, kind_of
 from fastattn.bench.environment import capture_environment
-from fastattn.bench.parity import FP32_TOLERANCE, Parity, compare, precision_tolerance
+from fastattn.bench.load import LoadMeter
+from fastattn.bench.process import frozen_heap
 from fastattn.bench.result import BenchmarkResult, Measurement
-from fastattn.bench.timing import Contender, MissingError, measure
-from fastattn.bench.workloads import Workload, auto_workloads, maximum_positions
+from fastattn.bench.roofline import Roofline
+from fastattn.bench.scaling import Scaling
+from fastattn.bench.session import SCALING_AXES, Session
+from fastattn.bench.timing import Interrupted, MissingError
+from fastattn.bench.workloads import Workload, maximum_positions
 from fastattn.swap import is_swapped, optimize, restore
 
-__all__ = ["benchmark", "check_choices"]
+__all__ = ["benchmark"]
 
 
 def benchmark(
@@ -42,33 +35,46 @@ def benchmark(
     dtypes: str | Sequence[str] | None = None,
     budget_s: float = 60.0,
     min_rounds: int = 7,
+    until: float | None = 0.02,
+    with_roofline: bool = False,
+    scaling_axes: Sequence[str] = (),
     progress: bool = False,
+    on_measurement: Callable[[Measurement], None] | None = None,
 ) -> BenchmarkResult:
-    """Time a model that takes `input_ids` against itself before the swap, parity beside every time.
+    """Time a model that takes `input_ids` against itself before the swap and against other ways to run it,
+    parity beside every time.
 
-    Contenders are copies: `model` comes back as it was, swapped or not. They run interleaved in one process
-    under `torch.inference_mode`. Per workload, ratios are over the faster of the untouched eager and SDPA
-    models; a row in a lower precision has a second ratio, over the untouched SDPA model in that precision.
+    Contenders are copies: `model` comes back as it was, swapped or not. They run interleaved in one process.
+    Per workload, ratios are over the faster of the untouched eager and SDPA models; a row in a lower
+    precision has a second ratio, over the untouched SDPA model in that precision. A contender that is not
+    installed, crashes, runs out of memory or answers wrongly is a row with the reason. Ctrl-C ends the
+    measuring and keeps what there is: the result's `interrupted` is then true.
 
     Args:
         model: measured swapped: as it is if it has been optimized, else an optimized copy.
         reference: the untouched model, for the timings and for parity; None takes `model` itself, restored.
         device: "cpu", "cuda", or "auto" for cuda where there is one.
-        contenders: names out of "eager", "sdpa", "compile" (torch.compile of the SDPA model), "fastattn",
-            "onnx" (the exported swapped model), "transformers-onnx" (transformers' OnnxExporter with
-            ort_fusions="cpu"); "auto" is all but the last, with compile in the first dtype only. eager and
-            SDPA are always measured; eager and the exports run in the first dtype.
-        workloads: what to run; "auto" is batch 8 x 128 at 47% and at 100% fill, and batch 1 x 128.
+        contenders: "auto", "all" or names out of `fastattn.bench.contenders.BUILDERS`. "auto" leaves the
+            engines of others out, and torch.compile in all but the first dtype; "all" names those that are
+            not installed as missing. eager and SDPA are always measured.
+        workloads: what to run; "auto" is what the kind of model is used for: batches to encode or classify, a
+            prompt and tokens after it.
         dtypes: names out of "fp32", "bf16", "fp16"; None is fp32, and bf16 where the device computes it
-            faster.
+            faster. Contenders in int8 and the like have precisions of their own.
         budget_s: seconds of timing, over all workloads; copying, compiling and exporting come on top, and
             every workload gets `min_rounds` rounds.
         min_rounds: the fewest rounds a ratio rests on.
+        until: rounds stop early where every ratio's 95% interval is within this part of its value; None uses
+            the whole budget.
+        with_roofline: count the operations of the untouched and the swapped model and set them against
+            ceilings measured here; encode, classify and prefill workloads.
+        scaling_axes: out of "length", "batch", "fill": measure the first workload along them.
         progress: show a bar on stderr where that is a terminal.
+        on_measurement: called with each workload's measurement when it is there.
 
     Raises:
-        ValueError: an argument is none of these, a workload is longer than the model's positions, or the
-            model does not take input_ids alone.
+        ValueError: an argument is none of these, a workload is longer than the model's positions or asks what
+            the model does not do, or the model does not take input_ids.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -78,226 +84,85 @@ def benchmark(
         >>> [row.name for row in result.measurements[0].rows]
         ['eager fp32', 'SDPA fp32', 'fastattn fp32']
     """
-    _require_token_model(model)
+    check_model(model)
     where, names, types = check_choices(device, contenders, dtypes)
-    batches = _workloads(workloads, maximum_positions(model))
+    kind, limit = kind_of(model), maximum_positions(model)
+    batches = choose_workloads(workloads, kind, limit)
     if not budget_s > 0:
         raise ValueError(f"budget_s is {budget_s!r}; it must be more than 0 seconds")
+    if until is not None and not 0 < until < 1:
+        raise ValueError(
+            f"until is {until!r}; it must be a fraction above 0 and below 1, such as 0.02, or None"
+        )
+    for axis in scaling_axes:
+        if axis not in SCALING_AXES:
+            raise ValueError(f"scaling_axes names {axis!r}; it must be out of {', '.join(SCALING_AXES)}")
 
+    # Before anything runs: the load that is recorded is other people's.
+    environment, load = capture_environment(), LoadMeter()
     swapped = is_swapped(model)
+    settings = {
+        "device": where.type,
+        "kind": kind,
+        "contenders": list(names),
+        "dtypes": list(types),
+        "budget_s": budget_s,
+        "min_rounds": min_rounds,
+        "until": until,
+        "model_was_swapped": swapped,
+        "reference": "the model before the swap" if reference is None else "given",
+    }
 
     def untouched() -> torch.nn.Module:
         duplicate = copy_of(model if reference is None else reference)
         restore(duplicate)
         return duplicate.to(where, torch.float32)
 
-    def fused() -> torch.nn.Module:
-        return copy_of(model) if swapped else _optimized(copy_of(model))
+    def fused(padding: str = "auto") -> torch.nn.Module:
+        duplicate = copy_of(model)
+        if not swapped or padding != "auto":
+            _optimize(duplicate, padding)
+        return duplicate
 
-    # Before anything runs: the load that is recorded is other people's.
-    environment = capture_environment()
-    limit = maximum_positions(model)
-    sample = _inputs(model, Workload(2, min(16, limit or 16), 0.75), where)
-    with ExitStack() as resources:
-        forwards = _Forwards(Source(fused, untouched, sample, where, resources))
-        planned = _plan(names, types, automatic=contenders == "auto")
-        share_s = budget_s / len(batches)
-        measurements = tuple(
-            _measure(
-                forwards, planned, workload, _inputs(model, workload, where), share_s, min_rounds, progress
-            )
-            for workload in batches
-        )
+    measurements: list[Measurement] = []
+    rooflines: list[Roofline] = []
+    scalings: list[Scaling] = []
+    interrupted = False
+    with frozen_heap(), ExitStack() as resources:
+        source = Source(fused, untouched, model, where, kind, resources)
+        session = Session(source, names, types, contenders == "auto", min_rounds, until, progress)
+        try:
+            for workload in batches:
+                measurements.append(session.measure(workload, budget_s / len(batches)))
+                if on_measurement is not None:
+                    on_measurement(measurements[-1])
+            if with_roofline:
+                for workload in batches:
+                    rooflines += session.rooflines(workload)
+            for axis in scaling_axes:
+                scalings.append(session.scaling(axis, batches[0], limit))
+        except Interrupted as stopped:
+            measurements.append(Measurement(batches[len(measurements)], stopped.rows))
+            interrupted = True
+        except KeyboardInterrupt:
+            interrupted = True
     return BenchmarkResult(
         model=_description(model),
-        measurements=measurements,
-        environment=environment,
-        settings={
-            "device": where.type,
-            "contenders": list(names),
-            "dtypes": list(types),
-            "budget_s": budget_s,
-            "min_rounds": min_rounds,
-            "model_was_swapped": swapped,
-            "reference": "the model before the swap" if reference is None else "given",
-        },
+        measurements=tuple(measurements),
+        environment=environment | {"load": load.read()},
+        settings=settings,
+        attributions=tuple(each for one in measurements for each in attributions(one)),
+        rooflines=tuple(rooflines),
+        scalings=tuple(scalings),
+        interrupted=interrupted,
     )
 
 
-class _Forwards:
-    """Contenders built once for all workloads; one that cannot be built fails the same way each time."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self._built: dict[tuple[str, str], Forward | Exception] = {}
-
-    def get(self, key: str, dtype: str) -> Forward:
-        if (key, dtype) not in self._built:
-            try:
-                self._built[key, dtype] = BUILDERS[key][1](self.source, dtype)
-            except Exception as error:
-                self._built[key, dtype] = error
-        built = self._built[key, dtype]
-        if isinstance(built, Exception):
-            raise built
-        return built
-
-
-def _measure(
-    forwards: _Forwards,
-    planned: Sequence[tuple[str, str]],
-    workload: Workload,
-    inputs: dict[str, torch.Tensor],
-    budget_s: float,
-    min_rounds: int,
-    progress: bool,
-) -> Measurement:
-    """One workload: the reference's output, then every contender interleaved."""
-    expected, mask = forwards.source.reference(inputs), inputs["attention_mask"]
-    limits: dict[str, float] = {}
-
-    def limit(dtype: str) -> float:
-        """The gate on precision loss, from what the untouched model loses on these very inputs."""
-        if dtype not in limits:
-            loss = compare(expected, forwards.get("sdpa", dtype)(inputs), mask=mask, kind="precision")
-            limits[dtype] = precision_tolerance(loss, torch.finfo(DTYPES[dtype]).eps)
-        return limits[dtype]
-
-    def check(contender: Contender, output: Any) -> Parity:
-        if contender.dtype == "fp32":
-            return compare(expected, output, mask=mask, tolerance=FP32_TOLERANCE)
-        return compare(expected, output, mask=mask, tolerance=limit(contender.dtype), kind="precision")
-
-    def prepare(key: str, dtype: str) -> Callable[[], Any]:
-        forward = forwards.get(key, dtype)
-        return lambda: forward(inputs)
-
-    first = planned[0][1]
-    rows = measure(
-        [
-            Contender(
-                label(key, dtype),
-                prepare=partial(prepare, key, dtype),
-                dtype=dtype,
-                against=label("sdpa", dtype) if dtype != first else None,
-                highlight=key in OURS,
-            )
-            for key, dtype in planned
-        ],
-        check=check,
-        baseline=[label(key, dtype) for key, dtype in planned if key in UNTOUCHED and dtype == first],
-        device=forwards.source.device.type,
-        budget_s=budget_s,
-        min_rounds=min_rounds,
-        progress=progress,
-        label=str(workload),
-    )
-    return Measurement(workload, tuple(rows))
-
-
-def _plan(names: Sequence[str], dtypes: Sequence[str], *, automatic: bool) -> list[tuple[str, str]]:
-    """Which contender runs in which dtype, in the order of the rows."""
-    once = ("eager", "compile", "onnx") if automatic else ("eager", "onnx", "transformers-onnx")
-    return [(key, dtype) for dtype in dtypes for key in names if dtype == dtypes[0] or key not in once]
-
-
-def _optimized(model: torch.nn.Module) -> torch.nn.Module:
-    report = optimize(model)
+def _optimize(model: torch.nn.Module, padding: str) -> None:
+    report = optimize(model, padding=padding)
     if not report.swapped:
         reasons = sorted({site.reason for site in report.sites if site.reason})
         raise MissingError(f"layers to swap ({'; '.join(reasons)})")
-    return model
-
-
-def _inputs(model: torch.nn.Module, workload: Workload, device: torch.device) -> dict[str, torch.Tensor]:
-    config: Any = model.config
-    padding = getattr(config, "pad_token_id", None)
-    inputs = workload.tokens(config.vocab_size, avoid=padding, device=str(device))
-    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-    if takes_types and getattr(config, "type_vocab_size", None):
-        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    return inputs
-
-
-def _require_token_model(model: torch.nn.Module) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    parameters = inspect.signature(model.forward).parameters
-    takes_tokens = "input_ids" in parameters or any(
-        each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()
-    )
-    config: Any = getattr(model, "config", None)
-    if not takes_tokens or not isinstance(getattr(config, "vocab_size", None), int):
-        raise ValueError(
-            f"{type(model).__name__} cannot be given tokens: its forward must take input_ids and "
-            "attention_mask, and its config name a vocab_size; time any other callable with "
-            "fastattn.bench.measure"
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder; encoders and decoders alone can be measured"
-        )
-
-
-def check_choices(
-    device: str, contenders: str | Sequence[str], dtypes: str | Sequence[str] | None
-) -> tuple[torch.device, tuple[str, ...], tuple[str, ...]]:
-    """The device, contenders and dtypes that `benchmark` would use: all that needs no model to be checked.
-
-    Raises:
-        ValueError: one of them is not among the accepted values, which the message names.
-    """
-    where = _device(device)
-    return where, _contenders(contenders), _dtypes(dtypes, where)
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; it must be one of auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            'device "cuda" was asked for and no CUDA or ROCm device is visible to torch; use "cpu"'
-        )
-    return torch.device(device)
-
-
-def _names(values: str | Sequence[str], accepted: Sequence[str], what: str) -> tuple[str, ...]:
-    chosen = [values] if isinstance(values, str) else list(values)
-    if not chosen:
-        raise ValueError(f"{what} is empty; name at least one of {', '.join(accepted)}")
-    for value in chosen:
-        if value not in accepted:
-            raise ValueError(f"{what} names {value!r}; it must be out of {', '.join(accepted)}")
-    return tuple(chosen)
-
-
-def _contenders(contenders: str | Sequence[str]) -> tuple[str, ...]:
-    chosen = AUTO if contenders == "auto" else _names(contenders, tuple(BUILDERS), "contenders")
-    # A ratio needs its baseline, whoever is measured.
-    return tuple(key for key in BUILDERS if key in chosen or key in UNTOUCHED)
-
-
-def _dtypes(dtypes: str | Sequence[str] | None, device: torch.device) -> tuple[str, ...]:
-    chosen = auto_dtypes(device) if dtypes is None else _names(dtypes, tuple(DTYPES), "dtypes")
-    return tuple(name for name in DTYPES if name in chosen)
-
-
-def _workloads(workloads: str | Workload | Sequence[Workload], limit: int | None) -> tuple[Workload, ...]:
-    if isinstance(workloads, str):
-        if workloads != "auto":
-            raise ValueError(
-                f'workloads is {workloads!r}; it must be "auto", a Workload or a sequence of them'
-            )
-        return auto_workloads(limit)
-    chosen = (workloads,) if isinstance(workloads, Workload) else tuple(workloads)
-    if not chosen or not all(isinstance(each, Workload) for each in chosen):
-        raise ValueError(f'workloads is {workloads!r}; it must be "auto", a Workload or a sequence of them')
-    for each in chosen:
-        if limit is not None and each.seq > limit:
-            raise ValueError(f"a workload has {each.seq} tokens a sequence; the model takes at most {limit}")
-    return chosen
 
 
 def _description(model: torch.nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FP32_TOLERANCE", "Parity", "compare", "precision_tolerance"]
+__all__ = ["FP32_TOLERANCE", "Parity", "compare", "floating_tensors", "precision_tolerance"]
 
 FP32_TOLERANCE = 1e-4
 # A lower precision that moves outputs by more than a tenth of their scale is not the same model any more.
@@ -60,11 +60,13 @@ class Parity:
         return f"{self.relative_error:.1e} {sign} {self.tolerance:.0e}{kind}"
 
 
-def precision_tolerance(untouched: Parity, dtype_eps: float) -> float:
-    """The gate on precision loss: twice the untouched model's in that dtype plus 2 eps, at most 10%."""
+def precision_tolerance(
+    untouched: Parity, dtype_eps: float, maximum: float = _MAXIMUM_PRECISION_LOSS
+) -> float:
+    """The gate on precision loss: twice the untouched model's in that dtype plus 2 eps, at most `maximum`."""
     gate = 2 * untouched.relative_error + 2 * dtype_eps
     # Written so that a NaN, from an untouched model that overflows, gives the bound.
-    return gate if gate < _MAXIMUM_PRECISION_LOSS else _MAXIMUM_PRECISION_LOSS
+    return gate if gate < maximum else maximum
 
 
 def compare(
@@ -99,10 +101,10 @@ def compare(
     """
     from fastattn.verification import real_positions
 
-    expected = _tensors(reference)
+    expected = floating_tensors(reference)
     if not expected:
         raise ValueError("the reference output holds no floating-point tensor to compare")
-    found = _tensors(output)
+    found = floating_tensors(output)
     worst: Parity | None = None
     for name, wanted in expected.items():
         if name not in found:
@@ -126,7 +128,7 @@ def compare(
     return worst
 
 
-def _tensors(value: Any, name: str = _TOP) -> dict[str, torch.Tensor]:
+def floating_tensors(value: Any, name: str = _TOP) -> dict[str, torch.Tensor]:
     """Every floating-point tensor of an output by name, as float64 on the CPU."""
     import numpy as np
     import torch
@@ -146,5 +148,5 @@ def _tensors(value: Any, name: str = _TOP) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for key, each in named.items():
         if not key.startswith("_"):
-            found |= _tensors(each, key)
+            found |= floating_tensors(each, key)
     return found

@@ -12,8 +12,9 @@
         ],
     ).write("report.html")
 
-Every string is escaped. `Report.html()` gives the page as a string. A page follows the reader's light or dark
-setting, and its security policy forbids every request, so it cannot load anything.
+Plots are in report_bars.py (one row a contender) and report_lines.py (two axes); report_sections.py makes
+sections out of results. Every string is escaped. `Report.html()` gives the page as a string. A page follows
+the reader's light or dark setting, and its security policy forbids every request, so it cannot load anything.
 """
 
 from __future__ import annotations
@@ -27,18 +28,29 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.bench.files import write_text
+from fastattn.bench.report_bars import Bar, BarsPlot, Fall, Point, RatioPlot, TimePlot, Waterfall
+from fastattn.bench.report_lines import Line, LinePlot, Roof, RooflinePlot, RoofOp
 from fastattn.bench.report_page import PAGE
 
 __all__ = [
     "Bar",
+    "BarsPlot",
     "Cell",
     "Environment",
+    "Fall",
+    "Line",
+    "LinePlot",
     "Point",
     "RatioPlot",
     "Report",
+    "Roof",
+    "RoofOp",
+    "RooflinePlot",
+    "Section",
     "Table",
     "Text",
     "TimePlot",
+    "Waterfall",
     "require_plotly",
 ]
 
@@ -83,47 +95,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Bar:
-    """One contender's time: the bar is the median, the whisker runs from `low` (the minimum) to `high`."""
-
-    label: str
-    median: float
-    low: float
-    high: float
-    highlight: bool = False
-
-
-@dataclass(frozen=True)
-class TimePlot:
-    """Horizontal bars of times with whiskers, first bar on top; `unit` labels the axis."""
-
-    heading: str
-    bars: Sequence[Bar]
-    unit: str = "ms"
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One contender's ratio with its confidence interval [low, high]; above 1 is faster than the baseline."""
-
-    label: str
-    ratio: float
-    low: float
-    high: float
-    highlight: bool = False
-
-
-@dataclass(frozen=True)
-class RatioPlot:
-    """Ratios with their confidence intervals against a line at 1, first point on top."""
-
-    heading: str
-    points: Sequence[Point]
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Environment:
     """Names and values of where the measurement ran; nested mappings and lists are flattened."""
 
@@ -131,7 +102,8 @@ class Environment:
     heading: str = "Environment"
 
 
-Section = Text | Table | TimePlot | RatioPlot | Environment
+Plot = TimePlot | RatioPlot | BarsPlot | Waterfall | LinePlot | RooflinePlot
+Section = Text | Table | Environment | Plot
 
 
 @dataclass(frozen=True)
@@ -155,7 +127,7 @@ class Report:
             ImportError: plotly is not installed and `scripts` is true.
         """
         body = []
-        for is_plot, sections in groupby(self.sections, lambda each: isinstance(each, TimePlot | RatioPlot)):
+        for is_plot, sections in groupby(self.sections, lambda each: isinstance(each, Plot)):
             parts = [_render(section) for section in sections]
             body.append(f'<div class="plots">{"".join(parts)}</div>' if is_plot else "".join(parts))
         summary = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.summary)
@@ -200,11 +172,11 @@ def _render(section: Section) -> str:
     elif isinstance(section, Environment):
         content = _table(("", ""), list(_flatten(section.values)), css="environment")
     else:
-        figure = _time_figure(section) if isinstance(section, TimePlot) else _ratio_figure(section)
         # A "<" inside a script element could close it early.
-        data = json.dumps(figure, allow_nan=False).replace("<", "\\u003c")
+        data = json.dumps(section.figure(), allow_nan=False).replace("<", "\\u003c")
         content = (
-            f'<div class="figure"><script type="application/json">{data}</script></div>{_note(section.note)}'
+            f'<div class="figure" role="img" aria-label="{escape(section.heading)}">'
+            f'<script type="application/json">{data}</script></div>{_note(section.note)}'
         )
     return f"<section>{heading}{content}</section>"
 
@@ -214,7 +186,16 @@ def _note(note: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], css: str = "") -> str:
-    numeric = [bool(rows) and all(_is_number(row[index]) for row in rows) for index in range(len(columns))]
+    # A remark in place of a figure ("out of memory") does not make its column one of text.
+    figures = [
+        [
+            row[index]
+            for row in rows
+            if not isinstance(row[index], Cell) or row[index].tone in ("plain", "good")
+        ]
+        for index in range(len(columns))
+    ]
+    numeric = [bool(cells) and all(map(_is_number, cells)) for cells in figures]
 
     def cell(value: Any, tag: str, right: bool) -> str:
         tone = value.tone if isinstance(value, Cell) else "plain"
@@ -261,105 +242,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
         else:
             rows.append((label, _text(value)))
     return rows
-
-
-# Figures are plotly's JSON with colours as roles ("accent", "plain", "ink", "grid"): the page's script puts
-# in the colours of the light or dark theme.
-
-
-def _time_figure(plot: TimePlot) -> dict[str, Any]:
-    bars = list(plot.bars)
-    labels = [escape(bar.label) for bar in bars]
-    span = max((bar.high for bar in bars), default=1.0)
-    return {
-        "height": 90 + 44 * len(bars),
-        "data": [
-            {
-                "type": "bar",
-                "orientation": "h",
-                "y": labels,
-                "x": [bar.median for bar in bars],
-                "marker": {"color": ["accent" if bar.highlight else "plain" for bar in bars]},
-                "error_x": _whiskers([(bar.low, bar.median, bar.high) for bar in bars]),
-                "customdata": [[bar.low, bar.high] for bar in bars],
-                "hovertemplate": "%{y}<br>median %{x:.4g} "
-                + escape(plot.unit)
-                + "<br>minimum %{customdata[0]:.4g}, high %{customdata[1]:.4g}<extra></extra>",
-            },
-            _labels_beside(
-                labels, [bar.high for bar in bars], [f"{bar.median:.4g} {plot.unit}" for bar in bars]
-            ),
-        ],
-        "layout": {
-            "xaxis": {
-                "title": {"text": plot.unit, "font": {"size": 13}},
-                "range": [0, span * 1.4],
-                "rangemode": "tozero",
-            }
-        },
-    }
-
-
-def _ratio_figure(plot: RatioPlot) -> dict[str, Any]:
-    points = list(plot.points)
-    labels = [escape(point.label) for point in points]
-    beside = [f"{point.ratio:.2f}x" for point in points]
-    colours = ["accent" if point.highlight else "plain" for point in points]
-    low = min([point.low for point in points] + [1.0])
-    high = max([point.high for point in points] + [1.0])
-    margin = 0.08 * (high - low) + 0.02
-    return {
-        "height": 90 + 44 * len(points),
-        "data": [
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "y": labels,
-                "x": [point.ratio for point in points],
-                "marker": {"size": 9, "color": colours},
-                "error_x": _whiskers([(point.low, point.ratio, point.high) for point in points]),
-                "customdata": [[point.low, point.high] for point in points],
-                "hovertemplate": "%{y}<br>%{x:.2f}x (%{customdata[0]:.2f} to %{customdata[1]:.2f})"
-                "<extra></extra>",
-            },
-            _labels_beside(labels, [point.high for point in points], beside),
-        ],
-        "layout": {
-            "xaxis": {
-                "title": {"text": "times as fast (right is faster)", "font": {"size": 13}},
-                "range": [low - margin, high + margin + 0.15 * (high - low + 0.1)],
-            },
-            "yaxis": {"range": [len(points) - 0.4, -0.6]},
-            "shapes": [
-                {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper", "layer": "below",
-                 "line": {"color": "ink", "width": 1.2, "dash": "dot"}}
-            ],
-        },
-    }  # fmt: skip
-
-
-def _whiskers(bounds: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
-    """Error bars from (low, value, high)."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [high - value for _, value, high in bounds],
-        "arrayminus": [value - low for low, value, _ in bounds],
-        "color": "ink",
-        "thickness": 1.3,
-        "width": 5,
-    }
-
-
-def _labels_beside(labels: list[str], x: list[float], text: list[str]) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "text",
-        "y": labels,
-        "x": x,
-        "text": [f"  {each}" for each in text],
-        "textposition": "middle right",
-        "textfont": {"color": "ink"},
-        "hoverinfo": "skip",
-        "cliponaxis": False,
-    }

@@ -8,27 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastattn.bench.analysis_text import attribution_text, roofline_text, scaling_text
+from fastattn.bench.attribution import Attribution
 from fastattn.bench.files import write_text
-from fastattn.bench.ratio import METHOD, Ratio
-from fastattn.bench.report import (
-    Bar,
-    Cell,
-    Environment,
-    Point,
-    RatioPlot,
-    Report,
-    Section,
-    Table,
-    Text,
-    TimePlot,
+from fastattn.bench.ratio import METHOD
+from fastattn.bench.report import Cell, Environment, Report, Section, Table, Text
+from fastattn.bench.report_sections import (
+    attribution_sections,
+    cold_start_sections,
+    memory_sections,
+    parts_sections,
+    roofline_sections,
+    scaling_sections,
+    time_sections,
 )
+from fastattn.bench.roofline import Roofline
+from fastattn.bench.row_table import cold_table, plain_cell, row_table
 from fastattn.bench.rows import Row
+from fastattn.bench.scaling import Scaling
+from fastattn.bench.tables import csv_text, markdown_text
 from fastattn.bench.workloads import Workload
 from fastattn.report import format_table
 
-__all__ = ["SCHEMA", "BenchmarkResult", "Measurement", "plain_cell", "row_table"]
+__all__ = ["SCHEMA", "BenchmarkResult", "Measurement"]
 
-SCHEMA = "fastattn.benchmark/1"
+SCHEMA = "fastattn.benchmark/2"
 # Loading a model keeps one core busy for seconds; the average over a minute stays well below this share.
 _BUSY_SHARE = 0.75
 _PARITY_NOTE = (
@@ -40,10 +44,17 @@ _PARITY_NOTE = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """One workload's rows."""
+    """One workload's rows.
+
+    Attributes:
+        workload: what was run.
+        rows: one a contender.
+        reference: the name of the contender that all answers were compared with; empty where none could run.
+    """
 
     workload: Workload
     rows: tuple[Row, ...]
+    reference: str = ""
 
     @property
     def baseline(self) -> Row | None:
@@ -62,26 +73,11 @@ class Measurement:
         raise KeyError(f"no contender {name!r}; there are {', '.join(row.name for row in self.rows)}")
 
     def sections(self) -> list[Section]:
-        """The report sections of this workload: its table, times and ratios."""
+        """The report sections of this workload: its table, times, ratios, parts, memory and cold start."""
         title = str(self.workload)
-        title = title[0].upper() + title[1:]
-        sections: list[Section] = [Table(title, *row_table(self.rows))]
-        bars = [
-            Bar(row.name, row.median_ms, row.min_ms, row.high_ms, row.highlight)
-            for row in self.rows
-            if row.median_ms is not None and row.min_ms is not None and row.high_ms is not None
-        ]
-        if bars:
-            note = "Bar: median; whisker: minimum to 90th percentile."
-            sections.append(TimePlot(f"Time a batch, {self.workload}", bars, note=note))
-        points = [
-            Point(r.name, r.ratio.value, r.ratio.low, r.ratio.high, r.highlight) for r in self.rows if r.ratio
-        ]
-        if points and self.baseline is not None:
-            note = "Median over paired rounds with its 95% interval."
-            sections.append(
-                RatioPlot(f"Speed-up over {self.baseline.name}, {self.workload}", points, note=note)
-            )
+        sections: list[Section] = [Table(title[0].upper() + title[1:], *row_table(self.rows))]
+        for make in (time_sections, parts_sections, memory_sections, cold_start_sections):
+            sections += make(self.rows)
         return sections
 
     def sentences(self) -> list[str]:
@@ -109,12 +105,20 @@ class BenchmarkResult:
         measurements: one a workload.
         environment: of `capture_environment`.
         settings: what was asked for.
+        attributions: what part of a speed-up is due to what, by workload and path.
+        rooflines: the operations of a model against the machine's ceilings, where asked for.
+        scalings: time and memory along an axis, where asked for.
+        interrupted: whether it was stopped before its end: the rest was not measured.
     """
 
     model: dict[str, Any]
     measurements: tuple[Measurement, ...]
     environment: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
+    attributions: tuple[Attribution, ...] = ()
+    rooflines: tuple[Roofline, ...] = ()
+    scalings: tuple[Scaling, ...] = ()
+    interrupted: bool = False
 
     def table(self) -> str:
         """Plain text: a table a workload, with parity beside every time."""
@@ -122,19 +126,29 @@ class BenchmarkResult:
         for measurement in self.measurements:
             base = measurement.baseline
             over = f"; ratios are over {base.name}, the faster untouched model" if base is not None else ""
-            columns, cells = row_table(measurement.rows)
-            plain = [[plain_cell(cell) for cell in line] for line in cells]
-            parts.append(f"{measurement.workload}{over}\n{format_table(columns, plain)}")
+            parts.append(f"{measurement.workload}{over}\n{_plain(*row_table(measurement.rows))}")
+            if any(row.stages_ms for row in measurement.rows):
+                parts.append(f"before the first round, once\n{_plain(*cold_table(measurement.rows))}")
+        for attribution in self.attributions:
+            if attribution.total is not None:
+                parts.append(attribution_text(attribution))
+        for each in self.rooflines:
+            parts.append(roofline_text(each))
+        for scaling in self.scalings:
+            parts.append(scaling_text(scaling))
         return "\n\n".join([*parts, f"{_PARITY_NOTE}\nMethod: {METHOD}."])
 
     def warnings(self) -> list[str]:
         """What a reader must know before trusting a time: that others used the machine too."""
         cpu = self.environment["cpu"]
         load, cores = cpu["load_average"], cpu["usable_cores"]
-        if load is None or not cores or load < _BUSY_SHARE * cores:
-            return []
-        busy = f"The machine was busy: load {load} on {cores} cores before measuring."
-        return [f"{busy} Measure again when it is idle."]
+        found = []
+        if self.interrupted:
+            found.append("Interrupted: what comes after the last table was not measured.")
+        if load is not None and cores and load >= _BUSY_SHARE * cores:
+            busy = f"The machine was busy: load {load} on {cores} cores before measuring."
+            found.append(f"{busy} Measure again when it is idle.")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON holds; "schema" names their layout."""
@@ -149,10 +163,15 @@ class BenchmarkResult:
                 {
                     "workload": each.workload.to_dict(),
                     "baseline": each.baseline.name if each.baseline else None,
+                    "reference": each.reference,
                     "rows": [row.to_dict() for row in each.rows],
                 }
                 for each in self.measurements
             ],
+            "attributions": [each.to_dict() for each in self.attributions],
+            "rooflines": [each.to_dict() for each in self.rooflines],
+            "scalings": [each.to_dict() for each in self.scalings],
+            "interrupted": self.interrupted,
         }
 
     def report(self) -> Report:
@@ -160,6 +179,13 @@ class BenchmarkResult:
         sections: list[Section] = []
         for measurement in self.measurements:
             sections += measurement.sections()
+            for attribution in self.attributions:
+                if attribution.workload == measurement.workload:
+                    sections += attribution_sections(attribution)
+        for each in self.rooflines:
+            sections += roofline_sections(each)
+        for scaling in self.scalings:
+            sections += scaling_sections(scaling, highlights=self._ours())
         sections += [
             Text("How it was measured", [f"{METHOD[0].upper()}{METHOD[1:]}.", _PARITY_NOTE]),
             Environment(self.environment),
@@ -175,6 +201,22 @@ class BenchmarkResult:
         """
         return write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
+    def write_csv(self, path: str | Path) -> Path:
+        """Write one line a row to `path` and return the path.
+
+        Raises:
+            OSError: `path` cannot be written.
+        """
+        return write_text(path, csv_text(self.to_dict()))
+
+    def write_markdown(self, path: str | Path) -> Path:
+        """Write a table a workload to `path` and return the path.
+
+        Raises:
+            OSError: `path` cannot be written.
+        """
+        return write_text(path, markdown_text(self.to_dict()))
+
     def write_html(self, path: str | Path) -> Path:
         """Write a self-contained page to `path` and return the path.
 
@@ -183,6 +225,9 @@ class BenchmarkResult:
             OSError: `path` cannot be written.
         """
         return self.report().write(path)
+
+    def _ours(self) -> list[str]:
+        return [row.name for each in self.measurements for row in each.rows if row.highlight]
 
     def _headline(self) -> str:
         environment = self.environment
@@ -194,37 +239,5 @@ class BenchmarkResult:
         return f"{self.model['name']}, {size}, on {where or device}{threads}"
 
 
-def row_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str | Cell | None]]]:
-    """The columns and cells of a table of rows; a column none of them needs is left out.
-
-    A ratio is there only beside a parity that passed.
-    """
-    base = next((row.name for row in rows if row.baseline), "the baseline")
-    columns = ["contender", "min ms", "median ms", "CPU ms", f"over {base} (95%)"]
-    has_against, has_note = any(row.against_ratio for row in rows), any(row.reason for row in rows)
-    columns += ["over the same dtype"] * has_against + ["error and limit"] + ["note"] * has_note
-    cells = []
-    for row in rows:
-        times = (row.min_ms, row.median_ms, row.cpu_median_ms)
-        line: list[str | Cell | None] = [
-            row.name,
-            *(None if each is None else f"{each:.4g}" for each in times),
-        ]
-        line.append(Cell("baseline", "muted") if row.baseline else _text(row.ratio))
-        if has_against:
-            line.append(_text(row.against_ratio))
-        tone = "good" if row.parity is not None and row.parity.passed else "bad"
-        line.append(None if row.parity is None else Cell(str(row.parity), tone))
-        if has_note:
-            line.append(Cell(row.reason, "bad" if row.status in ("wrong", "failed") else "muted"))
-        cells.append(line)
-    return columns, cells
-
-
-def _text(ratio: Ratio | None) -> str | None:
-    return None if ratio is None else str(ratio)
-
-
-def plain_cell(cell: str | Cell | None) -> str:
-    """A cell of a report's table as plain text, "-" where it is empty."""
-    return "-" if cell is None else cell.text if isinstance(cell, Cell) else cell
+def _plain(columns: Sequence[str], cells: Sequence[Sequence[str | Cell | None]]) -> str:
+    return format_table(columns, [[plain_cell(cell) for cell in line] for line in cells])

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fastattn.bench.parity import Parity
 from fastattn.bench.ratio import MINIMUM_ROUNDS, Ratio, paired_ratio
 
-__all__ = ["Row", "with_ratios"]
+__all__ = ["PERCENTILES", "Row", "Stopped", "outliers", "percentiles", "with_ratios"]
+
+PERCENTILES = (50, 90, 99)
+
+# Why rounds ended: ratios known as well as asked for, time was up, as many as allowed, Ctrl-C.
+Stopped = Literal["", "precision", "budget", "rounds", "interrupted"]
+
+# A modified z-score above 3.5 (B. Iglewicz and D. Hoaglin, "How to Detect and Handle Outliers", 1993); 1.4826
+# makes the median absolute deviation a standard deviation where times are normal.
+_OUTLIER_DEVIATIONS = 3.5 * 1.4826
+
+
+def percentiles(values: Sequence[float]) -> dict[int, float]:
+    """The 50th, 90th and 99th percentile: the median, and the smallest value that 90 or 99% do not exceed
+    (nearest rank, so a time that was measured; of fewer than 100 values the 99th is the largest).
+
+    Example:
+        >>> percentiles([1.0, 2.0, 3.0, 10.0])
+        {50: 2.5, 90: 10.0, 99: 10.0}
+    """
+    if not values:
+        return {}
+    ordered = sorted(values)
+    ranked = {level: ordered[math.ceil(level * len(ordered) / 100) - 1] for level in PERCENTILES}
+    return ranked | {50: statistics.median(ordered)}
+
+
+def outliers(values: Sequence[float]) -> int:
+    """How many values lie further from the median than 3.5 times 1.4826 median absolute deviations. They are
+    counted, never left out: ratios are medians, which they hardly move.
+
+    Example:
+        >>> outliers([1.0, 1.1, 0.9, 1.0, 1.2, 5.0])
+        1
+    """
+    if not values:
+        return 0
+    middle = statistics.median(values)
+    deviation = statistics.median(abs(value - middle) for value in values)
+    # Times that all agree to the last digits have no outliers for differing in them.
+    limit = max(_OUTLIER_DEVIATIONS * deviation, 1e-9 * abs(middle))
+    return sum(abs(value - middle) > limit for value in values)
 
 
 @dataclass(frozen=True)
@@ -20,9 +63,15 @@ class Row:
         status: "measured", "missing" (not on this machine), "failed" (raised) or "wrong" (parity failed: not
             timed).
         reason: why it was not measured, or has no ratio.
+        stopped: why there are as many rounds as there are.
         wall_ms, cpu_ms: wall time, and processor time over all threads of the process.
         device_ms: time between two events on the GPU, empty elsewhere.
+        stages_ms: what was done once before the first call, in order: "export", "compile", "load".
         first_call_ms: the first call, with whatever it compiles.
+        parts_ms: named parts of a call, such as "first_token_ms" and "inter_token_ms", of all rounds.
+        peak_host_bytes, peak_device_bytes: what the contender adds at its peak: weights, arenas and working
+            memory; None where it cannot be told.
+        energy_j: joules a call, None where the device does not count them.
         parity: None where no check was given or the contender did not run.
         ratio: baseline time over its time; None without parity, and for the baseline itself.
         against_ratio: the same over `Contender.against`.
@@ -43,6 +92,12 @@ class Row:
     against_ratio: Ratio | None = None
     baseline: bool = False
     highlight: bool = False
+    stages_ms: dict[str, float] = field(default_factory=dict)
+    parts_ms: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    peak_host_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    energy_j: float | None = None
+    stopped: Stopped = ""
 
     @property
     def min_ms(self) -> float | None:
@@ -55,9 +110,24 @@ class Row:
         return statistics.median(self.wall_ms) if self.wall_ms else None
 
     @property
-    def high_ms(self) -> float | None:
-        """The 90th percentile, by the nearest rank."""
-        return sorted(self.wall_ms)[round(0.9 * (len(self.wall_ms) - 1))] if self.wall_ms else None
+    def p50_ms(self) -> float | None:
+        """The middle round, by `percentiles`."""
+        return percentiles(self.wall_ms).get(50)
+
+    @property
+    def p90_ms(self) -> float | None:
+        """What 90% of the rounds do not exceed."""
+        return percentiles(self.wall_ms).get(90)
+
+    @property
+    def p99_ms(self) -> float | None:
+        """What 99% of the rounds do not exceed: with fewer than 100, the slowest."""
+        return percentiles(self.wall_ms).get(99)
+
+    @property
+    def outliers(self) -> int:
+        """How many rounds were far off the others, by `outliers`."""
+        return outliers(self.wall_ms)
 
     @property
     def cpu_median_ms(self) -> float | None:
@@ -65,19 +135,29 @@ class Row:
         return statistics.median(self.cpu_ms) if self.cpu_ms else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, samples included."""
-        summary = {"min_ms": self.min_ms, "median_ms": self.median_ms, "high_ms": self.high_ms}
+        """Plain values for JSON, samples included; "parts" has the percentiles and outliers of "parts_ms"."""
+        plain = {
+            name: getattr(self, name)
+            for name in (
+                "name", "dtype", "status", "reason", "stopped", "baseline", "highlight", "first_call_ms",
+                "calls_per_round", "min_ms", "median_ms", "p50_ms", "p90_ms", "p99_ms", "outliers",
+                "cpu_median_ms", "peak_host_bytes", "peak_device_bytes", "energy_j",
+            )
+        }  # fmt: skip
         figures = {
             name: each.to_dict() if (each := getattr(self, name)) else None
             for name in ("parity", "ratio", "against_ratio")
         }
-        samples = {name: list(getattr(self, name)) for name in ("wall_ms", "cpu_ms", "device_ms")}
-        plain = {
-            name: getattr(self, name)
-            for name in ("name", "dtype", "status", "reason", "baseline", "highlight", "first_call_ms")
+        parts = {
+            name: {f"p{level}": value for level, value in percentiles(values).items()}
+            | {"outliers": outliers(values)}
+            for name, values in self.parts_ms.items()
         }
-        summary |= {"cpu_median_ms": self.cpu_median_ms}
-        return {**plain, "calls_per_round": self.calls_per_round, **summary, **figures, **samples}
+        samples: dict[str, Any] = {
+            name: list(getattr(self, name)) for name in ("wall_ms", "cpu_ms", "device_ms")
+        }
+        samples["parts_ms"] = {name: list(values) for name, values in self.parts_ms.items()}
+        return {**plain, **figures, "stages_ms": dict(self.stages_ms), "parts": parts, **samples}
 
 
 def with_ratios(row: Row, baseline: Row | None, against: Row | None) -> Row:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Workload", "auto_workloads", "maximum_positions"]
+    from fastattn.bench.contenders.source import Kind
+
+__all__ = ["TASKS", "Task", "Workload", "auto_workloads", "maximum_positions"]
+
+Task = Literal["encode", "classify", "prefill", "decode", "train"]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 # Sentence lengths in running text are close to log-normal; this is the standard deviation of the logarithm.
 _SIGMA = 0.6
+# Of the workloads that are chosen for the caller, in tokens.
+_AUTO_LENGTH, _AUTO_NEW = 128, 32
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,18 @@ class Workload:
         seq: padded length in tokens. One sequence has exactly this length wherever the fill allows it.
         fill: real tokens over batch * seq, in (0, 1]; hit to the nearest token.
         seed: of the token values and of the order of the lengths.
+        task: what is done with the batch: "encode" (hidden states), "classify" (a head's logits), "prefill"
+            (the logits after a prompt), "decode" (tokens after a prompt, greedily), "train" (forward and
+            backward).
+        new_tokens: tokens a "decode" adds to each sequence; 0 for the others.
     """
 
     batch: int = 8
     seq: int = 128
     fill: float = 1.0
     seed: int = 0
+    task: Task = "encode"
+    new_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq"):
@@ -44,9 +57,17 @@ class Workload:
             raise ValueError(
                 f"fill is {self.fill!r}; it must be a fraction above 0 and at most 1, such as 0.47"
             )
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; it must be one of {', '.join(TASKS)}")
+        if (self.new_tokens > 0) != (self.task == "decode") or self.new_tokens < 0:
+            raise ValueError(
+                f"new_tokens is {self.new_tokens!r} for task {self.task!r}; a decode adds 1 or more, others 0"
+            )
 
     def __str__(self) -> str:
-        return f"batch {self.batch} x {self.seq}, {self.fill:.0%} fill"
+        what = "" if self.task == "encode" else f"{self.task} "
+        more = f", {self.new_tokens} new tokens" if self.new_tokens else ""
+        return f"{what}batch {self.batch} x {self.seq}, {self.fill:.0%} fill{more}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and the lengths they give."""
@@ -110,10 +131,46 @@ def _spread(count: int, total: int, longest: int) -> list[int]:
     return lengths
 
 
-def auto_workloads(max_positions: int | None = None) -> tuple[Workload, ...]:
-    """A ragged batch, a full batch and a single sequence, of 128 tokens or the most the model takes."""
-    seq = min(128, max_positions or 128)
-    return Workload(8, seq, 0.47), Workload(8, seq, 1.0), Workload(1, seq, 1.0)
+def auto_workloads(kind: Kind, limit: int | None = None) -> tuple[Workload, ...]:
+    """What is measured where nothing was asked for; shorter where the model takes fewer positions.
+
+    Encoders and classifiers: a ragged batch, a full batch and a single sequence. Decoders: a prompt, and
+    tokens after a prompt and after a ragged batch of them. Encoder-decoders: the encoder on a ragged batch,
+    and tokens for a ragged batch and for a single sequence.
+
+    Args:
+        kind: what the model is.
+        limit: the longest sequence it takes in tokens, new ones included; None where there is no limit.
+
+    Raises:
+        ValueError: a model that decodes takes fewer than two positions.
+    """
+    most = limit or _AUTO_LENGTH + _AUTO_NEW
+    seq = min(_AUTO_LENGTH, most)
+    if kind in ("encoder", "classifier"):
+        task: Task = "classify" if kind == "classifier" else "encode"
+        return (
+            Workload(8, seq, 0.47, task=task),
+            Workload(8, seq, 1.0, task=task),
+            Workload(1, seq, 1.0, task=task),
+        )
+    if most < 2:
+        raise ValueError(f"the model takes {most} position: none is left for a token after a prompt")
+    new = min(_AUTO_NEW, most // 2)
+    if kind == "decoder":
+        prompt = min(_AUTO_LENGTH, most - new)
+        return (
+            Workload(1, seq, task="prefill"),
+            Workload(1, prompt, task="decode", new_tokens=new),
+            Workload(4, prompt, 0.6, task="decode", new_tokens=new),
+        )
+    # Source and new tokens have positions of their own.
+    source = min(_AUTO_LENGTH // 2, most)
+    return (
+        Workload(8, seq, 0.47),
+        Workload(8, source, 0.6, task="decode", new_tokens=new),
+        Workload(1, source, task="decode", new_tokens=new),
+    )
 
 
 def maximum_positions(model: torch.nn.Module) -> int | None:

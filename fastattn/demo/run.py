@@ -93,9 +93,16 @@ def run_demo(
         show(verify_text(verified))
 
         stage("timing")
+
+        def fused(padding: str = "auto") -> torch.nn.Module:
+            duplicate = copy_of(model)
+            optimize(duplicate, padding=padding)
+            return duplicate
+
         timing = time_contenders(
+            model,
             lambda: copy_of(untouched),
-            lambda: copy_of(model),
+            fused,
             batches,
             device=device,
             budget_s=budget_s,

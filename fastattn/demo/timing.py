@@ -6,7 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,26 +15,26 @@ import torch
 from fastattn.bench.contenders import (
     BUILDERS,
     DTYPES,
-    OURS,
     UNTOUCHED,
-    Forward,
+    Runner,
     Source,
+    Stages,
     auto_dtypes,
     label,
-    require_cpp_compiler,
 )
+from fastattn.bench.contenders.torch_models import TorchRunner, require_cpp_compiler
 from fastattn.bench.parity import FP32_TOLERANCE, Parity, compare, precision_tolerance
 from fastattn.bench.rows import Row
 from fastattn.bench.timing import Contender, measure
-from fastattn.swap import optimize
 
 __all__ = ["FASTATTN", "PADDED", "Timing", "time_contenders"]
 
 FASTATTN = label("fastattn", "fp32")
 # The swapped model made to compute the padding too: tells what of the ratio is padding left out.
-PADDED = "fastattn fp32, padded"
+PADDED = label("fastattn-padded", "fp32")
 
 Batch = Mapping[str, torch.Tensor]
+Forward = Callable[[Batch], Any]
 
 _MIN_ROUNDS = 7
 _WARMUP = 2
@@ -59,8 +60,9 @@ class Timing:
 
 
 def time_contenders(
+    model: torch.nn.Module,
     untouched: Callable[[], torch.nn.Module],
-    fused: Callable[[], torch.nn.Module],
+    fused: Callable[..., torch.nn.Module],
     batches: Sequence[Batch],
     *,
     device: str,
@@ -70,20 +72,23 @@ def time_contenders(
     """Time the untouched, the swapped and the exported model, interleaved, over as many batches as fit.
 
     Args:
-        untouched, fused: each call makes an independent model, before and after the swap.
+        model: the model itself, for its config.
+        untouched, fused: each call makes an independent model, before and after the swap; `fused` takes
+            optimize's `padding`.
         batches: tokenized batches on `device`.
         device: "cpu" or "cuda".
         budget_s: seconds for timing, warm-up included; compiling and exporting come on top, and every
             contender gets seven rounds over one batch at the least.
         progress: show a bar on stderr.
     """
-    source = Source(fused, untouched, dict(batches[0]), torch.device(device))
+    source = Source(fused, untouched, model, torch.device(device), "encoder")
     result = Timing(resources=source.resources)
-    result.timed = _batches_that_fit(source, batches, budget_s)
+    reference = _built(source, "eager", "fp32").forward
+    result.timed = _batches_that_fit(reference, batches, budget_s)
     timed = batches[: result.timed]
     result.rows = measure(
         _contenders(source, timed, result.forwards),
-        check=_Check(source, timed),
+        check=_Check(source, reference, timed),
         baseline=[label(key, "fp32") for key in UNTOUCHED],
         device=device,
         budget_s=budget_s * _MIN_ROUNDS / (_MIN_ROUNDS + _WARMUP),
@@ -95,55 +100,48 @@ def time_contenders(
     return result
 
 
+def _built(source: Source, key: str, dtype: str) -> Runner:
+    return BUILDERS[key].build(source, dtype, Stages())
+
+
 def _contenders(source: Source, batches: Sequence[Batch], forwards: dict[str, Forward]) -> list[Contender]:
     def contender(key: str, dtype: str) -> Contender:
         name = label(key, dtype)
 
         def prepare() -> Callable[[], list[Any]]:
-            build = _compiled if key == "compile" else BUILDERS[key][1]
-            forward = forwards[name] = build(source, dtype)
+            runner = _compiled(source, dtype) if key == "compile" else _built(source, key, dtype)
+            forward = forwards[name] = runner.forward
             return lambda: [forward(batch) for batch in batches]
 
         # The untouched model in the same precision tells what of a ratio is the precision's.
         against = label("sdpa", dtype) if dtype != "fp32" else None
-        return Contender(name, prepare=prepare, dtype=dtype, against=against, highlight=key in OURS)
+        # The swapped model made to compute the padding is no way to run it, but tells what padding costs.
+        ours = BUILDERS[key].ours and key != "fastattn-padded"
+        return Contender(name, prepare=prepare, dtype=dtype, against=against, highlight=ours)
 
-    def padded() -> Callable[[], list[Any]]:
-        model = source.fused()
-        optimize(model, padding="padded")
-        forward = forwards[PADDED] = BUILDERS["fastattn"][1](replace(source, fused=lambda: model), "fp32")
-        return lambda: [forward(batch) for batch in batches]
-
-    full = [contender(key, "fp32") for key in ("eager", "sdpa", "compile")]
-    ours = [Contender(PADDED, prepare=padded), contender("fastattn", "fp32"), contender("onnx", "fp32")]
+    keys = ("eager", "sdpa", "compile", "fastattn-padded", "fastattn", "onnx")
     lower = [
         contender(key, dtype) for dtype in auto_dtypes(source.device)[1:] for key in ("sdpa", "fastattn")
     ]
-    return full + ours + lower
+    return [contender(key, "fp32") for key in keys] + lower
 
 
-def _compiled(source: Source, dtype: str) -> Forward:
+def _compiled(source: Source, dtype: str) -> Runner:
     """torch.compile as one uses it on text: one graph for all lengths, not one graph (and wait) a length."""
     if source.device.type == "cpu":
         require_cpp_compiler()
     model: Any = source.untouched().to(source.device, DTYPES[dtype])
     model.set_attn_implementation("sdpa")
-    compiled: Any = torch.compile(model, dynamic=True)
-
-    def forward(batch: Batch) -> Any:
-        with torch.inference_mode():
-            return compiled(**batch)
-
-    return forward
+    return TorchRunner(model, source.kind, partial(torch.compile, dynamic=True))
 
 
-def _batches_that_fit(source: Source, batches: Sequence[Batch], budget_s: float) -> int:
+def _batches_that_fit(reference: Forward, batches: Sequence[Batch], budget_s: float) -> int:
     """How many batches a call may run over so that warm-up and the fewest rounds fit into the budget."""
 
     def seconds() -> float:
         start = time.perf_counter()
         # Copying a number to the host waits for the device.
-        source.reference(batches[0]).last_hidden_state.sum().item()
+        reference(batches[0]).last_hidden_state.sum().item()
         return time.perf_counter() - start
 
     typical = statistics.median(seconds() for _ in range(3))
@@ -153,10 +151,10 @@ def _batches_that_fit(source: Source, batches: Sequence[Batch], budget_s: float)
 class _Check:
     """Parity over all timed batches; a lower precision is held to what the untouched model loses in it."""
 
-    def __init__(self, source: Source, batches: Sequence[Batch]) -> None:
+    def __init__(self, source: Source, reference: Forward, batches: Sequence[Batch]) -> None:
         self._source = source
         self._batches = batches
-        self._expected = [source.reference(batch) for batch in batches]
+        self._expected = [reference(batch) for batch in batches]
         self._limits: dict[str, float] = {}
 
     def __call__(self, contender: Contender, outputs: list[Any]) -> Parity:
@@ -166,8 +164,8 @@ class _Check:
 
     def _limit(self, dtype: str) -> float:
         if dtype not in self._limits:
-            untouched = BUILDERS["sdpa"][1](self._source, dtype)
-            loss = self._worst([untouched(batch) for batch in self._batches], kind="precision")
+            untouched = _built(self._source, "sdpa", dtype)
+            loss = self._worst([untouched.forward(batch) for batch in self._batches], kind="precision")
             self._limits[dtype] = precision_tolerance(loss, torch.finfo(DTYPES[dtype]).eps)
         return self._limits[dtype]
 

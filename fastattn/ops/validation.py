@@ -6,6 +6,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = [
     "autocast",
@@ -65,7 +66,17 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def is_traced(x: Tensor) -> bool:
     """Whether the values of `x` cannot be read now: compile or export is tracing, or `x` is fake."""
-    return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or (torch._C._len_torch_dispatch_stack() > 0 and not _is_only_watched())
+    )
+
+
+def _is_only_watched() -> bool:
+    """Whether every dispatch mode says that it runs operations as they are, on the values they have."""
+    modes = _get_current_dispatch_mode_stack()
+    return all(getattr(mode, "fastattn_only_watches", False) for mode in modes)
 
 
 def may_read(x: Tensor) -> bool:

@@ -1,8 +1,10 @@
-"""A clock that moves only when a contender runs; and one thread, which is all that small models need."""
+"""Clocks that move only when a contender runs; and one thread, which is all that small models need."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
+import random
 import sys
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from fastattn.bench import Contender
+from fastattn.bench.timers import Sample
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,7 +38,12 @@ def load_benchmark() -> Callable[[str], ModuleType]:
         module = importlib.util.module_from_spec(spec)
         # A dataclass looks its own module up by name.
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        # A script finds its neighbours because its folder is searched first.
+        sys.path.insert(0, str(path.parent))
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(path.parent))
         return module
 
     return load
@@ -57,12 +65,12 @@ class FakeTimer:
     def now(self) -> float:
         return self.seconds
 
-    def sample(self, run: Callable[[], Any], calls: int) -> tuple[float, float, float | None, Any]:
+    def sample(self, run: Callable[[], Any], calls: int) -> Sample:
         before = self.seconds
         for _ in range(calls):
             output = run()
         wall = self.seconds - before
-        return wall, 2 * wall, None, output
+        return Sample(wall, 2 * wall, None, output)
 
     def contender(self, name: str, *costs_s: float, output: Any = None, **options: Any) -> Contender:
         """A contender whose calls cost these seconds in turn."""
@@ -74,3 +82,31 @@ class FakeTimer:
             return output
 
         return Contender(name, run, **options)
+
+
+@pytest.fixture
+def new_noisy_timer() -> Callable[[int], NoisyTimer]:
+    """Makes fake clocks of a shared machine, by seed."""
+    return NoisyTimer
+
+
+class NoisyTimer(FakeTimer):
+    """A shared machine: its speed drifts by a factor of two, calls jitter by 5%, and one in twenty takes up
+    to three times as long.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = random.Random(seed)
+        # Slow and fast again within half a minute to several, from anywhere.
+        self.phase, self.period = self.random.uniform(0, 6.3), self.random.uniform(30.0, 300.0)
+
+    def busy(self, cost_s: float) -> None:
+        """Let a call that takes so long on a quiet machine pass."""
+        drift = 1.5 + 0.5 * math.sin(self.phase + 6.3 * self.seconds / self.period)
+        spike = self.random.uniform(1.5, 3.0) if self.random.random() < 0.05 else 1.0
+        self.seconds += cost_s * drift * spike * self.random.lognormvariate(0, 0.05)
+
+    def costing(self, name: str, cost_s: float) -> Contender:
+        """A contender whose calls take so long on a quiet machine."""
+        return Contender(name, lambda: self.busy(cost_s))

@@ -14,7 +14,8 @@ import torch
 
 import fastattn
 from fastattn.bench import capture_environment
-from fastattn.bench.environment import cpu_flags, environment_text
+from fastattn.bench.environment import environment_text
+from fastattn.processor import cpu_flags
 
 
 def test_it_names_processor_memory_and_versions() -> None:

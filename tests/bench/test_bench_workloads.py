@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -58,9 +60,56 @@ def test_a_wrong_value_is_refused_with_what_is_accepted(fields: dict[str, object
         Workload(**fields)  # type: ignore[arg-type]
 
 
-def test_auto_workloads_fit_the_model() -> None:
-    assert [workload.seq for workload in auto_workloads(64)] == [64, 64, 64]
-    assert [workload.seq for workload in auto_workloads()] == [128, 128, 128]
+KINDS = ("encoder", "classifier", "decoder", "encoder-decoder")
+
+
+def test_auto_workloads_are_what_each_kind_of_model_is_used_for() -> None:
+    told = {kind: [str(workload) for workload in auto_workloads(kind)] for kind in KINDS}
+    assert told == {
+        "encoder": ["batch 8 x 128, 47% fill", "batch 8 x 128, 100% fill", "batch 1 x 128, 100% fill"],
+        "classifier": [
+            "classify batch 8 x 128, 47% fill",
+            "classify batch 8 x 128, 100% fill",
+            "classify batch 1 x 128, 100% fill",
+        ],
+        "decoder": [
+            "prefill batch 1 x 128, 100% fill",
+            "decode batch 1 x 128, 100% fill, 32 new tokens",
+            "decode batch 4 x 128, 60% fill, 32 new tokens",
+        ],
+        "encoder-decoder": [
+            "batch 8 x 128, 47% fill",
+            "decode batch 8 x 64, 60% fill, 32 new tokens",
+            "decode batch 1 x 64, 100% fill, 32 new tokens",
+        ],
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [2, 3, 33, 64, 129, 159, 160, 4096])
+def test_auto_workloads_fit_the_model(kind: Any, limit: int) -> None:
+    for workload in auto_workloads(kind, limit):
+        assert workload.seq + (workload.new_tokens if kind == "decoder" else 0) <= limit
+        assert workload.new_tokens <= min(32, limit)
+        assert (workload.new_tokens > 0) == (workload.task == "decode")
+
+
+def test_a_model_without_room_for_a_token_after_a_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes 1 position: none is left"):
+        auto_workloads("decoder", 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task": "sing"}, "task is 'sing'; it must be one of encode, classify, prefill, decode, train"),
+        ({"task": "decode"}, "new_tokens is 0 for task 'decode'"),
+        ({"new_tokens": 4}, "new_tokens is 4 for task 'encode'"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Workload(**fields)
 
 
 def test_positions_that_only_padding_uses_do_not_count() -> None:

@@ -1,9 +1,7 @@
-"""The benchmark of all families: what is timed, what is judged, and how it is written into the README."""
+"""The benchmark of all families: what is timed, and what is judged."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +13,6 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def families(load_benchmark: Any) -> ModuleType:
     return load_benchmark("families")
-
-
-@pytest.fixture(scope="module")
-def table(load_benchmark: Any) -> ModuleType:
-    return load_benchmark("readme_table")
 
 
 def result(name: str, value: float, low: float, baseline: bool = True) -> dict[str, Any]:
@@ -99,23 +92,3 @@ def test_every_run_is_named_once_and_a_small_one_is_measured(
         rows = families.measured(run, budget_s=0.01)["rows"]
         assert len(rows) == baselines + 1 and [row["status"] for row in rows] == ["measured"] * len(rows)
         assert rows[-1]["ratio"]["rounds"] >= 9 and sum(row["baseline"] for row in rows) == 1
-
-
-def test_the_table_of_the_readme(table: ModuleType, tmp_path: Path) -> None:
-    cpu = {"model": "A CPU", "torch_threads": 2, "flags": []}
-    environment = {
-        "cpu": cpu,
-        "gpu": None,
-        "packages": {"torch": "2.13.0", "transformers": "5.23.0", "onnxruntime": "1.31.0"},
-        "date_utc": "2026-11-22T00:00:00",
-    }
-    document = {
-        "schema": table.FAMILIES,
-        "command": "python benchmarks/families.py --name cpu",
-        "environment": environment,
-        "results": [result("T5-small encode", 1.7, 1.6), result("nothing", 1.0, 1.0, baseline=False)],
-    }
-    (tmp_path / "cpu.json").write_text(json.dumps(document), encoding="utf-8")
-    text = table.block(table.load(tmp_path))
-    assert "| T5-small encode | 10 ms (SDPA fp32) | 10 ms, **1.70x** (1.60 to 1.80), error 2e-07 |" in text
-    assert "| nothing | - |" in text and "A CPU, 2 threads" in text

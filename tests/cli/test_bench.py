@@ -58,6 +58,48 @@ def test_it_prints_a_table_and_writes_both_files(
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
+def test_csv_and_markdown_are_written(folder: Path, tmp_path: Path) -> None:
+    rows, tables = tmp_path / "rows.csv", tmp_path / "tables.md"
+    assert call("bench", folder, *SMALL, "--fill", "1", "--csv", rows, "--markdown", tables) == 0
+    assert "fastattn" in rows.read_text(encoding="utf-8") and "| " in tables.read_text(encoding="utf-8")
+
+
+def test_a_first_answer_comes_before_the_full_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastattn.cli import bench
+
+    monkeypatch.setattr(bench, "_FIRST_ANSWER_S", 0.01)
+    assert call("bench", folder, *SMALL, "--json") == 0
+    captured = capsys.readouterr()
+    assert "First answer" in captured.err and "batch 2 x 16, 47% fill" in captured.err
+    assert len(json.loads(captured.out)["measurements"]) == 3
+
+
+def test_ctrl_c_prints_and_writes_what_was_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastattn.bench.contenders.torch_models import TorchRunner
+
+    forward = TorchRunner.forward
+
+    def pressed(self: Any, inputs: Any) -> Any:
+        if inputs["input_ids"].shape[0] == 1:
+            raise KeyboardInterrupt
+        return forward(self, inputs)
+
+    monkeypatch.setattr(TorchRunner, "forward", pressed)
+    data = tmp_path / "data.json"
+    assert call("bench", folder, *SMALL, "--json", data) == 130
+    assert "batch 2 x 16, 100% fill" in capsys.readouterr().out
+    assert len(json.loads(data.read_text(encoding="utf-8"))["measurements"]) == 2
+
+
+def test_a_model_or_a_comparison_must_be_named() -> None:
+    with pytest.raises(SystemExit, match="name a MODEL to measure, or --compare OLD NEW"):
+        call("bench")
+
+
 def test_json_on_stdout_is_json_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("bench", folder, *SMALL, "--json") == 0
     result = json.loads(capsys.readouterr().out)
@@ -78,6 +120,13 @@ def test_json_on_stdout_is_json_alone(folder: Path, capsys: pytest.CaptureFixtur
         (("--budget", "soon"), "--budget is 'soon'; it must be a number"),
         (("--html", "/no/such/folder/page.html"), "does not exist"),
         (("--json", "/no/such/folder/data.json"), "does not exist"),
+        (("--csv", "/no/such/folder/data.csv"), "does not exist"),
+        (("--tasks", "sing"), "--tasks names 'sing'; it must be out of encode, classify"),
+        (("--tasks", "decode"), "of kind 'encoder', can be asked: encode, train"),
+        (("--until", "150%"), "--until is '150%'; it must be at least 0% and below 100%"),
+        (("--scaling", "depth"), "--scaling names 'depth'; it must be out of length, batch, fill"),
+        (("--text", "/no/such/file.txt"), "is not a file; name a text file"),
+        (("--compare", "old.json", "new.json"), "reads two results and runs nothing"),
     ],
 )
 def test_a_wrong_value_is_one_clear_line(folder: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -94,16 +143,17 @@ def test_cuda_without_a_gpu_is_one_clear_line(folder: Path) -> None:
 def test_a_wrong_answer_is_a_failing_exit_status(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fastattn.bench import contenders
+    from fastattn.bench.contenders import torch_models
 
-    def wrong(source: Any, dtype: str) -> Any:
-        def forward(inputs: Any) -> Any:
-            output = source.reference(inputs)
-            return {name: value + 1 for name, value in output.items()}
+    build = torch_models.fastattn
 
-        return forward
+    def wrong(*arguments: Any) -> Any:
+        runner = build(*arguments)
+        forward = runner.forward
+        runner.forward = lambda inputs: {"last_hidden_state": forward(inputs)[0] + 1}
+        return runner
 
-    monkeypatch.setitem(contenders.BUILDERS, "fastattn", ("fastattn", wrong))
+    monkeypatch.setattr(torch_models, "fastattn", wrong)
     assert call("bench", folder, *SMALL, "--fill", "0.5") == 1
     assert "wrong answer" in capsys.readouterr().out
 

@@ -31,7 +31,6 @@ def demo(tmp_path_factory):
     return status, report, (folder / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.model
 def test_it_passes_and_every_time_has_a_parity_beside_it(demo):
     status, report, _ = demo
     assert (status, report["passed"]) == (0, True)
@@ -58,7 +57,6 @@ def test_it_passes_and_every_time_has_a_parity_beside_it(demo):
     assert report["timing"]["baseline"] in ("eager fp32", "SDPA fp32")
 
 
-@pytest.mark.model
 def test_swap_and_verification_are_in_the_report(demo):
     _, report, _ = demo
     assert {site["status"] for site in report["swap"]["sites"]} == {"swapped"}
@@ -66,7 +64,6 @@ def test_swap_and_verification_are_in_the_report(demo):
     assert report["text"]["sentences"] == sum(batch["sentences"] for batch in report["text"]["batches"])
 
 
-@pytest.mark.model
 def test_the_question_is_answered_the_same_way_by_all(demo):
     _, report, _ = demo
     untouched, *ours = report["search"]["answers"]
@@ -80,7 +77,6 @@ def test_the_question_is_answered_the_same_way_by_all(demo):
             assert answer["nearest"][0]["index"] == untouched["nearest"][0]["index"], answer
 
 
-@pytest.mark.model
 def test_the_page_needs_nothing_but_itself_and_shows_every_row(demo):
     _, report, html = demo
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", html)
@@ -90,7 +86,6 @@ def test_the_page_needs_nothing_but_itself_and_shows_every_row(demo):
     assert report["search"]["answers"][0]["nearest"][0]["sentence"] in html
 
 
-@pytest.mark.model
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -148,18 +143,18 @@ def test_without_a_compiler_or_onnx_the_other_rows_are_measured(monkeypatch):
     def no_compiler():
         raise MissingError("C++ compiler")
 
-    def build(swap):
+    def build(swap, padding="auto"):
         torch.manual_seed(0)
         config = transformers.BertConfig(
             hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=50
         )
         model = transformers.BertModel(config).eval().requires_grad_(False)
         if swap:
-            fastattn.optimize(model)
+            fastattn.optimize(model, padding=padding)
         return model
 
     monkeypatch.setattr(timing, "require_cpp_compiler", no_compiler)
-    monkeypatch.setattr("fastattn.bench.contenders.find_spec", lambda name: None)
+    monkeypatch.setattr("fastattn.bench.contenders.requirements.find_spec", lambda name: None)
     ids = torch.randint(0, 50, (3, 8))
     mask = torch.tensor([[1] * 8, [1] * 3 + [0] * 5, [1] * 5 + [0] * 3])
     batches = [
@@ -167,7 +162,12 @@ def test_without_a_compiler_or_onnx_the_other_rows_are_measured(monkeypatch):
         {"input_ids": ids[:, :5], "attention_mask": mask[:, :5]},
     ]
     found = timing.time_contenders(
-        lambda: build(False), lambda: build(True), batches, device="cpu", budget_s=0.5
+        build(False),
+        lambda: build(False),
+        lambda padding="auto": build(True, padding),
+        batches,
+        device="cpu",
+        budget_s=0.5,
     )
     found.resources.close()
     reasons = {row.name: row.reason for row in found.rows if row.status == "missing"}

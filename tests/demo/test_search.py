@@ -10,8 +10,6 @@ import fastattn
 from fastattn.demo.search import Hit, check_pooling, embed, nearest, same_answer
 from fastattn.demo.texts import sentences, tokenized_batches
 
-pytestmark = pytest.mark.model
-
 QUESTIONS = {
     "How do I keep my laptop from overheating?": {"laptop", "thermal paste", "cooling pad"},
     "How do I get my money back?": {"payments back", "deposit"},
