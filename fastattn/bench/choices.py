@@ -90,13 +90,13 @@ def planned(
 ) -> list[tuple[str, str]]:
     """Which contender runs in which precision, in the order of the rows.
 
-    The untouched eager model runs in the first dtype alone. Where contenders were chosen for the caller,
-    torch.compile does too, and what cannot do the workload at all is left out; where they were named it is a
-    row that says so.
+    The untouched eager model and torch.compile run in the first dtype alone. Where contenders were chosen for
+    the caller, what cannot do the workload at all is left out; where they were named it is a row that says
+    so.
     """
     pairs: list[tuple[str, str]] = []
     later: list[tuple[str, str]] = []
-    once = {"eager", "compile", "compile-reduce-overhead"} if automatic else {"eager"}
+    once = ("eager", "compile", "compile-reduce-overhead")
     for key in names:
         builder = BUILDERS[key]
         if automatic and (workload.task not in builder.tasks or kind not in builder.kinds):

@@ -17,7 +17,7 @@ from fastattn.bench.process import frozen_heap
 from fastattn.bench.result import BenchmarkResult, Measurement
 from fastattn.bench.roofline import Roofline
 from fastattn.bench.scaling import Scaling
-from fastattn.bench.session import SCALING_AXES, Session
+from fastattn.bench.session import FORWARD_TASKS, SCALING_AXES, Session
 from fastattn.bench.timing import Interrupted, MissingError
 from fastattn.bench.workloads import Workload, maximum_positions
 from fastattn.swap import is_swapped, optimize, restore
@@ -67,7 +67,7 @@ def benchmark(
         until: rounds stop early where every ratio's 95% interval is within this part of its value; None uses
             the whole budget.
         with_roofline: count the operations of the untouched and the swapped model and set them against
-            ceilings measured here; encode, classify and prefill workloads.
+            ceilings measured here, on the first encode, classify or prefill workload.
         scaling_axes: out of "length", "batch", "fill": measure the first workload along them.
         progress: show a bar on stderr where that is a terminal.
         on_measurement: called with each workload's measurement when it is there.
@@ -137,8 +137,8 @@ def benchmark(
                 if on_measurement is not None:
                     on_measurement(measurements[-1])
             if with_roofline:
-                for workload in batches:
-                    rooflines += session.rooflines(workload)
+                first = next((each for each in batches if each.task in FORWARD_TASKS), None)
+                rooflines += session.rooflines(first) if first is not None else []
             for axis in scaling_axes:
                 scalings.append(session.scaling(axis, batches[0], limit))
         except Interrupted as stopped:

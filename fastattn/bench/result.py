@@ -23,7 +23,7 @@ from fastattn.bench.report_sections import (
     time_sections,
 )
 from fastattn.bench.roofline import Roofline
-from fastattn.bench.row_table import cold_table, plain_cell, row_table
+from fastattn.bench.row_table import cold_table, missing_table, plain_cell, row_table
 from fastattn.bench.rows import Row
 from fastattn.bench.scaling import Scaling
 from fastattn.bench.tables import csv_text, markdown_text
@@ -61,6 +61,16 @@ class Measurement:
         """The row that ratios are over: the faster of the untouched contenders."""
         return next((row for row in self.rows if row.baseline), None)
 
+    @property
+    def tried(self) -> list[Row]:
+        """The rows of contenders that are here, whatever became of them."""
+        return [row for row in self.rows if row.status != "missing"]
+
+    @property
+    def missing(self) -> list[Row]:
+        """The rows of contenders that are not here."""
+        return [row for row in self.rows if row.status == "missing"]
+
     def row(self, name: str) -> Row:
         """The row of a contender.
 
@@ -75,9 +85,11 @@ class Measurement:
     def sections(self) -> list[Section]:
         """The report sections of this workload: its table, times, ratios, parts, memory and cold start."""
         title = str(self.workload)
-        sections: list[Section] = [Table(title[0].upper() + title[1:], *row_table(self.rows))]
+        sections: list[Section] = [Table(title[0].upper() + title[1:], *row_table(self.tried))]
         for make in (time_sections, parts_sections, memory_sections, cold_start_sections):
-            sections += make(self.rows)
+            sections += make(self.tried)
+        if self.missing:
+            sections.append(Table("Not measured", *missing_table(self.missing)))
         return sections
 
     def sentences(self) -> list[str]:
@@ -126,9 +138,11 @@ class BenchmarkResult:
         for measurement in self.measurements:
             base = measurement.baseline
             over = f"; ratios are over {base.name}, the faster untouched model" if base is not None else ""
-            parts.append(f"{measurement.workload}{over}\n{_plain(*row_table(measurement.rows))}")
+            parts.append(f"{measurement.workload}{over}\n{_plain(*row_table(measurement.tried))}")
             if any(row.stages_ms for row in measurement.rows):
-                parts.append(f"before the first round, once\n{_plain(*cold_table(measurement.rows))}")
+                parts.append(f"before the first round, once\n{_plain(*cold_table(measurement.tried))}")
+            if measurement.missing:
+                parts.append(f"not measured\n{_plain(*missing_table(measurement.missing))}")
         for attribution in self.attributions:
             if attribution.total is not None:
                 parts.append(attribution_text(attribution))

@@ -9,7 +9,7 @@ from fastattn.bench.ratio import Ratio
 from fastattn.bench.report import Cell
 from fastattn.bench.rows import Row
 
-__all__ = ["cold_table", "plain_cell", "row_table"]
+__all__ = ["cold_table", "missing_table", "plain_cell", "row_table"]
 
 _Cells = list[list[str | Cell | None]]
 # Parts of a call that get a column where a row has them.
@@ -65,6 +65,11 @@ def cold_table(rows: Sequence[Row]) -> tuple[list[str], _Cells]:
         for row in known
     ]
     return ["contender", *(f"{stage} s" for stage in stages), "first call s"], cells
+
+
+def missing_table(rows: Sequence[Row]) -> tuple[list[str], _Cells]:
+    """Contenders that are not here, and how to get them."""
+    return ["contender", "missing"], [[row.name, row.reason.removeprefix("missing: ")] for row in rows]
 
 
 def plain_cell(cell: str | Cell | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastattn.bench.ceilings import Ceilings, measure_ceilings
 from fastattn.bench.choices import planned
-from fastattn.bench.contenders import BUILDERS, UNTOUCHED, Runner, Source, Stages, label
+from fastattn.bench.contenders import BUILDERS, DTYPES, UNTOUCHED, Runner, Source, Stages, label
 from fastattn.bench.memory import Memory, MemoryMeter, memory_limit
 from fastattn.bench.parity import Parity
 from fastattn.bench.result import Measurement
@@ -20,13 +20,13 @@ from fastattn.bench.tasks import Work, work_for
 from fastattn.bench.timing import Contender, MissingError, Prepared, describe, measure
 from fastattn.bench.workloads import Workload
 
-__all__ = ["SCALING_AXES", "Session"]
+__all__ = ["FORWARD_TASKS", "SCALING_AXES", "Session"]
 
 SCALING_AXES = ("length", "batch", "fill")
 # Scaling asks how time grows, not who is fastest: few contenders, each point short.
 _SCALED = ("sdpa", "fastattn")
 _SCALING_POINT_S = 1.0
-_FORWARD = ("encode", "classify", "prefill")
+FORWARD_TASKS = ("encode", "classify", "prefill")
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,15 @@ class Session:
             progress=self.progress,
             label=str(workload),
         )
-        return Measurement(workload, tuple(rows), reference)
+        # What is missing is missing in every precision.
+        missing = {row.reason for row in rows if row.status == "missing" and row.dtype == first}
+        kept = (
+            row for row in rows if row.dtype == first or row.status != "missing" or row.reason not in missing
+        )
+        return Measurement(workload, tuple(kept), reference)
 
     def rooflines(self, workload: Workload) -> list[Roofline]:
         """The operations of the untouched and of the swapped model, set against ceilings measured here."""
-        if workload.task not in _FORWARD:
-            return []
         device = self.source.device.type
         if self._ceilings is None:
             self._ceilings = measure_ceilings(device, self.dtypes)
@@ -174,7 +177,7 @@ class Session:
         return replace(work.prepared(built.runner, precision), stages_ms=built.stages_ms, held=built.held)
 
     def _limit(self, work: Work, precision: str) -> float:
-        return work.limit(precision, self._untouched(precision) if precision in ("bf16", "fp16") else None)
+        return work.limit(precision, self._untouched(precision) if precision in DTYPES else None)
 
     def _untouched(self, precision: str) -> Runner:
         """The untouched model in a lower precision: SDPA, or eager where it has none."""

@@ -16,7 +16,7 @@ RANDOM: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-base-random": ("BertModel", "BertConfig", {}),
     "gpt2-random": ("GPT2LMHeadModel", "GPT2Config", {}),
     # T5Config's defaults are T5-small's.
-    "t5-small-random": ("T5ForConditionalGeneration", "T5Config", {}),
+    "t5-small-random": ("T5ForConditionalGeneration", "T5Config", {"decoder_start_token_id": 0}),
     "llama-100m-random": (
         "LlamaForCausalLM",
         "LlamaConfig",

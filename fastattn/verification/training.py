@@ -26,7 +26,7 @@ from fastattn.verification.subject import (
     masks_of,
 )
 
-__all__ = ["compare_gradients", "gradient_case", "parameter_of"]
+__all__ = ["gradient_case", "parameter_of"]
 
 NAME = "gradients"
 
@@ -61,7 +61,7 @@ def gradient_case(batch: Mapping[str, Any]) -> Case:
             got: dict[str, Tensor | None] = {}
             expected = from_reference(lambda: _forward_backward(subject.reference, batch, wanted))
             found = from_model(lambda: _forward_backward(subject.model, batch, got))
-        return [*compare(NAME, found, expected, masks_of(batch)), *compare_gradients(got, wanted)]
+        return [*compare(NAME, found, expected, masks_of(batch)), *_compare(got, wanted)]
 
     replay = Replay(
         lambda model: call(model, batch), lambda model: call(model, batch), layer_masks(batch), training
@@ -94,17 +94,8 @@ def _forward_backward(
     return {name: value.detach() for name, value in outputs.items()}
 
 
-def compare_gradients(
-    got: Mapping[str, Tensor | None], wanted: Mapping[str, Tensor | None]
-) -> Iterable[CaseResult]:
-    """Every gradient that fails, and the one closest to failing where none does.
-
-    Args:
-        got, wanted: gradients by the parameter's name, None where there is none.
-
-    Raises:
-        ModelFailed: they are of different parameters.
-    """
+def _compare(got: Mapping[str, Tensor | None], wanted: Mapping[str, Tensor | None]) -> Iterable[CaseResult]:
+    """Every gradient that fails, and the one closest to failing where none does."""
     different = sorted(set(got) ^ set(wanted))
     if different:
         raise ModelFailed(f"has other parameters that require a gradient than its reference: {different[:3]}")

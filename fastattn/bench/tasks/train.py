@@ -18,7 +18,6 @@ from fastattn.bench.parity import Parity
 from fastattn.bench.tasks.answers import kind_of_figure
 from fastattn.bench.tasks.work import Work
 from fastattn.bench.timing import Prepared
-from fastattn.verification.training import compare_gradients
 
 __all__ = ["TrainWork"]
 
@@ -26,6 +25,8 @@ __all__ = ["TrainWork"]
 _TOKEN_HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "MTModel")
 # What a loss takes no notice of, in PyTorch and transformers alike.
 _IGNORED = -100
+# Gradients smaller than this part of the largest are compared on that scale.
+_SMALL = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,17 @@ class _Trained:
 class TrainWork(Work):
     """The loss and every parameter's gradient.
 
-    A gradient's error is its largest difference over its own largest value, or over a twentieth of the
-    largest of all gradients where that is more: some are zero but for rounding.
+    A gradient's error is the norm of the difference over its own norm, or over a twentieth of the largest
+    value of all gradients where that is more: some are zero but for rounding. By the norm, and not by the
+    largest difference: where an activation has a kink, rounding decides on which side of it a neuron near
+    zero lies, and with it a whole row of a gradient. In eager fp32, one value of T5-small's gradients is 2%
+    of the largest from float64's, and the norm 0.2%. So in fp32, too, the limit is twice what the untouched
+    model's two implementations of attention differ by, if that is more than for other tasks.
     """
 
     # The gradients of a small model's bias can cancel to a few units of bf16; one left out has an error of 1.
     maximum = 0.5
+    _fp32_maximum = 0.01
 
     def _inputs(self, model: torch.nn.Module, kind: Kind, device: torch.device) -> Mapping[str, Tensor]:
         batch = token_inputs(model, self.workload, device)
@@ -63,16 +69,24 @@ class TrainWork(Work):
         wanted = self._expected
         figures = [Parity(abs(answer.loss - wanted.loss), abs(wanted.loss), limit, kind, "loss")]
         # A parameter without a gradient is to an optimizer as one with a gradient of zeros.
-        names = {*answer.gradients, *wanted.gradients}
-        results = compare_gradients(
-            {name: answer.gradients.get(name) for name in names},
-            {name: wanted.gradients.get(name) for name in names},
+        largest = max(
+            (float(each.abs().max()) for each in wanted.gradients.values() if each.numel()), default=0.0
         )
-        figures += [
-            Parity(each.error * (each.scale or 1.0), each.scale, limit, kind, each.output) for each in results
-        ]
+        for name in sorted({*answer.gradients, *wanted.gradients}):
+            right = wanted.gradients.get(name, torch.zeros(()))
+            error = float((answer.gradients.get(name, torch.zeros(())) - right).norm())
+            scale = max(float(right.norm()), _SMALL * largest)
+            figures.append(Parity(error, scale, limit, kind, f"gradient of {name}"))
         # Written so that a NaN is the worst.
         return max(figures, key=lambda x: (not x.relative_error <= float("inf"), x.relative_error))
+
+    def _gate(self, precision: str, untouched: Runner | None) -> float:
+        if precision != "fp32":
+            return super()._gate(precision, untouched)
+        if untouched is None:
+            return self.tolerance
+        figure = self.check(precision, _trained(untouched.train_step(self.inputs)), 1.0)
+        return min(self._fp32_maximum, max(self.tolerance, 2 * figure.relative_error))
 
 
 def _labels(model: Any, batch: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -69,18 +69,19 @@ class Work(ABC):
 
         Args:
             untouched: for "bf16" and "fp16", the untouched model in that dtype: twice what it loses on these
-                inputs, plus 2 eps, is what a contender may lose, up to `maximum`.
+                inputs, plus 2 eps, is what a contender may lose, up to `maximum`. For "fp32" the one that the
+                answer is not from, where a task has a use for it.
 
         Raises:
             ValueError: a precision without a gate.
         """
-        if precision == "fp32":
-            return self.tolerance
         if precision not in self._limits:
             self._limits[precision] = self._gate(precision, untouched)
         return self._limits[precision]
 
     def _gate(self, precision: str, untouched: Runner | None) -> float:
+        if precision == "fp32":
+            return self.tolerance
         # Gates of exports in int8 and the like, on the mean cosine of rows.
         from fastattn.onnx.checks.precision import GATES
 
