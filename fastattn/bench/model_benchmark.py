@@ -10,7 +10,7 @@ import torch
 
 from fastattn.bench.attribution import attributions
 from fastattn.bench.choices import check_choices, check_model, choose_workloads
-from fastattn.bench.contenders import Source, copy_of, kind_of
+from fastattn.bench.contenders import Models, Source, kind_of
 from fastattn.bench.environment import capture_environment
 from fastattn.bench.load import LoadMeter
 from fastattn.bench.process import frozen_heap
@@ -18,9 +18,9 @@ from fastattn.bench.result import BenchmarkResult, Measurement
 from fastattn.bench.roofline import Roofline
 from fastattn.bench.scaling import Scaling
 from fastattn.bench.session import FORWARD_TASKS, SCALING_AXES, Session
-from fastattn.bench.timing import Interrupted, MissingError
+from fastattn.bench.timing import Interrupted
 from fastattn.bench.workloads import Workload, maximum_positions
-from fastattn.swap import is_swapped, optimize, restore
+from fastattn.swap import is_swapped
 
 __all__ = ["benchmark"]
 
@@ -38,6 +38,7 @@ def benchmark(
     until: float | None = 0.02,
     with_roofline: bool = False,
     scaling_axes: Sequence[str] = (),
+    isolate: bool = False,
     progress: bool = False,
     on_measurement: Callable[[Measurement], None] | None = None,
 ) -> BenchmarkResult:
@@ -69,6 +70,9 @@ def benchmark(
         with_roofline: count the operations of the untouched and the swapped model and set them against
             ceilings measured here, on the first encode, classify or prefill workload.
         scaling_axes: out of "length", "batch", "fill": measure the first workload along them.
+        isolate: build and run every contender in a process of its own, so that one that crashes (a fault in
+            an engine's machine code, not an exception) is a row, too. They still take turns. The model must
+            be one that `torch.save` takes; memory then counts what a process of its own imports.
         progress: show a bar on stderr where that is a terminal.
         on_measurement: called with each workload's measurement when it is there.
 
@@ -109,28 +113,18 @@ def benchmark(
         "budget_s": budget_s,
         "min_rounds": min_rounds,
         "until": until,
+        "isolate": isolate,
         "model_was_swapped": swapped,
         "reference": "the model before the swap" if reference is None else "given",
     }
-
-    def untouched() -> torch.nn.Module:
-        duplicate = copy_of(model if reference is None else reference)
-        restore(duplicate)
-        return duplicate.to(where, torch.float32)
-
-    def fused(padding: str = "auto") -> torch.nn.Module:
-        duplicate = copy_of(model)
-        if not swapped or padding != "auto":
-            _optimize(duplicate, padding)
-        return duplicate
 
     measurements: list[Measurement] = []
     rooflines: list[Roofline] = []
     scalings: list[Scaling] = []
     interrupted = False
     with frozen_heap(), ExitStack() as resources:
-        source = Source(fused, untouched, model, where, kind, resources)
-        session = Session(source, names, types, contenders == "auto", min_rounds, until, progress)
+        source = Source(Models(model, reference), where, kind, resources)
+        session = Session(source, names, types, contenders == "auto", min_rounds, until, progress, isolate)
         try:
             for workload in batches:
                 measurements.append(session.measure(workload, budget_s / len(batches)))
@@ -156,13 +150,6 @@ def benchmark(
         scalings=tuple(scalings),
         interrupted=interrupted,
     )
-
-
-def _optimize(model: torch.nn.Module, padding: str) -> None:
-    report = optimize(model, padding=padding)
-    if not report.swapped:
-        reasons = sorted({site.reason for site in report.sites if site.reason})
-        raise MissingError(f"layers to swap ({'; '.join(reasons)})")
 
 
 def _description(model: torch.nn.Module) -> dict[str, Any]:

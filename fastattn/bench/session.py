@@ -10,6 +10,7 @@ from typing import Any
 from fastattn.bench.ceilings import Ceilings, measure_ceilings
 from fastattn.bench.choices import planned
 from fastattn.bench.contenders import BUILDERS, DTYPES, UNTOUCHED, Runner, Source, Stages, label
+from fastattn.bench.contenders.isolated import build as isolated_contender
 from fastattn.bench.memory import Memory, MemoryMeter, memory_limit
 from fastattn.bench.parity import Parity
 from fastattn.bench.result import Measurement
@@ -47,7 +48,7 @@ class Session:
         names: keys of BUILDERS.
         dtypes: of contenders that have no precision of their own, the first of them the baseline's.
         automatic: whether the caller left the choice of contenders to us.
-        min_rounds, until, progress: as `benchmark` takes them.
+        min_rounds, until, progress, isolate: as `benchmark` takes them.
     """
 
     source: Source
@@ -57,20 +58,29 @@ class Session:
     min_rounds: int
     until: float | None
     progress: bool
-    _built: dict[tuple[str, str], Built | Exception] = field(default_factory=dict)
+    isolate: bool
+    _built: dict[tuple[str, str, bool], Built | Exception] = field(default_factory=dict)
     _ceilings: Ceilings | None = None
 
-    def built(self, key: str, precision: str) -> Built:
-        """A contender, built once; one that cannot be built fails the same way each time."""
-        if (key, precision) not in self._built:
+    def built(self, key: str, precision: str, *, isolated: bool = False) -> Built:
+        """A contender, built once; one that cannot be built fails the same way each time.
+
+        Args:
+            isolated: in a process of its own.
+        """
+        name = (key, precision, isolated)
+        if name not in self._built:
             meter = MemoryMeter(self.source.device.type)
             stages = Stages(memory=meter)
             try:
-                runner = BUILDERS[key].build(self.source, precision, stages)
-                self._built[key, precision] = Built(runner, stages.times_ms, meter.added())
+                if isolated:
+                    runner = isolated_contender(self.source, key, precision, stages)
+                else:
+                    runner = BUILDERS[key].build(self.source, precision, stages)
+                self._built[name] = Built(runner, stages.times_ms, meter.added())
             except Exception as error:
-                self._built[key, precision] = error
-        found = self._built[key, precision]
+                self._built[name] = error
+        found = self._built[name]
         if isinstance(found, Exception):
             raise found
         return found
@@ -173,7 +183,7 @@ class Session:
             raise MissingError(f"models of kind {kind!r} with {builder.label}: it runs {kinds}")
         if task not in builder.tasks:
             raise MissingError(f"{task!r} with {builder.label}: it does {', '.join(sorted(builder.tasks))}")
-        built = self.built(key, precision)
+        built = self.built(key, precision, isolated=self.isolate and not builder.remote)
         return replace(work.prepared(built.runner, precision), stages_ms=built.stages_ms, held=built.held)
 
     def _limit(self, work: Work, precision: str) -> float:

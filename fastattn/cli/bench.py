@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--roofline", action="store_true", help="each operation against this machine's ceilings")
     how.add_argument("--scaling", metavar="AXES", help="measure along length,batch,fill")
     how.add_argument("--full", action="store_true", help="--roofline and --scaling length,batch,fill")
+    how.add_argument(
+        "--isolate",
+        action="store_true",
+        help="every contender in a process of its own: a crash is a row, too",
+    )
     out = parser.add_argument_group("where it goes, beside the table")
     out.add_argument("--json", nargs="?", const=_PRINT, metavar="PATH", help="write JSON there, or print it")
     out.add_argument("--csv", metavar="PATH", help="write one line a row there")
@@ -123,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         until=until,
         with_roofline=args.roofline or args.full,
         scaling_axes=axes,
+        isolate=args.isolate,
         progress=True,
     )
     print(json.dumps(result.to_dict(), indent=1) if args.json == _PRINT else result.table())

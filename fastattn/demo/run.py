@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastattn.bench.contenders import copy_of, label
+from fastattn.bench.contenders import Models, copy_of, label
 from fastattn.bench.environment import capture_environment
 from fastattn.bench.files import write_text
 from fastattn.bench.report import require_plotly
@@ -93,16 +93,8 @@ def run_demo(
         show(verify_text(verified))
 
         stage("timing")
-
-        def fused(padding: str = "auto") -> torch.nn.Module:
-            duplicate = copy_of(model)
-            optimize(duplicate, padding=padding)
-            return duplicate
-
         timing = time_contenders(
-            model,
-            lambda: copy_of(untouched),
-            fused,
+            Models(model, untouched),
             batches,
             device=device,
             budget_s=budget_s,

@@ -16,6 +16,7 @@ from fastattn.bench.contenders import (
     BUILDERS,
     DTYPES,
     UNTOUCHED,
+    Models,
     Runner,
     Source,
     Stages,
@@ -60,9 +61,7 @@ class Timing:
 
 
 def time_contenders(
-    model: torch.nn.Module,
-    untouched: Callable[[], torch.nn.Module],
-    fused: Callable[..., torch.nn.Module],
+    models: Models,
     batches: Sequence[Batch],
     *,
     device: str,
@@ -72,16 +71,14 @@ def time_contenders(
     """Time the untouched, the swapped and the exported model, interleaved, over as many batches as fit.
 
     Args:
-        model: the model itself, for its config.
-        untouched, fused: each call makes an independent model, before and after the swap; `fused` takes
-            optimize's `padding`.
+        models: the swapped model, and the untouched one.
         batches: tokenized batches on `device`.
         device: "cpu" or "cuda".
         budget_s: seconds for timing, warm-up included; compiling and exporting come on top, and every
             contender gets seven rounds over one batch at the least.
         progress: show a bar on stderr.
     """
-    source = Source(fused, untouched, model, torch.device(device), "encoder")
+    source = Source(models, torch.device(device), "encoder")
     result = Timing(resources=source.resources)
     reference = _built(source, "eager", "fp32").forward
     result.timed = _batches_that_fit(reference, batches, budget_s)

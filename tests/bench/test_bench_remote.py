@@ -197,9 +197,14 @@ def test_ctrl_c_while_a_child_works_keeps_the_rows_and_leaves_no_process(
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A process that was started in the background of a shell may ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt).start()
-    with pytest.raises(Interrupted) as stopped:
-        rows_beside_a_healthy_one(child, min_sample_ms=0, min_rounds=20)
+    try:
+        with pytest.raises(Interrupted) as stopped:
+            rows_beside_a_healthy_one(child, min_sample_ms=0, min_rounds=20)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     here, there = stopped.value.rows
     assert here.stopped == there.stopped == "interrupted"
     assert len(here.wall_ms) == len(there.wall_ms) == 7 and there.ratio is not None

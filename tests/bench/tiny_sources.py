@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import fastattn
-from fastattn.bench.contenders import Source, copy_of, kind_of
+from fastattn.bench.contenders import Models, Source, kind_of
 
 __all__ = ["MODELS", "source_of"]
 
@@ -53,10 +52,4 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 def source_of(model: torch.nn.Module) -> Source:
     """On the CPU, swapped by `optimize`."""
-
-    def fused(padding: str = "auto") -> torch.nn.Module:
-        duplicate = copy_of(model)
-        fastattn.optimize(duplicate, padding=padding)
-        return duplicate
-
-    return Source(fused, lambda: copy_of(model), model, torch.device("cpu"), kind_of(model))
+    return Source(Models(model), torch.device("cpu"), kind_of(model))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastattn.bench import MissingError, Parity, Row
-from fastattn.bench.contenders import auto_dtypes
+from fastattn.bench.contenders import Models, auto_dtypes
 from fastattn.cli import main
 from fastattn.demo import timing
 from fastattn.demo.page import page, timing_text, verify_text
@@ -138,21 +138,15 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 
 def test_without_a_compiler_or_onnx_the_other_rows_are_measured(monkeypatch):
     transformers = pytest.importorskip("transformers")
-    import fastattn
 
     def no_compiler():
         raise MissingError("C++ compiler")
 
-    def build(swap, padding="auto"):
-        torch.manual_seed(0)
-        config = transformers.BertConfig(
-            hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=50
-        )
-        model = transformers.BertModel(config).eval().requires_grad_(False)
-        if swap:
-            fastattn.optimize(model, padding=padding)
-        return model
-
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, vocab_size=50
+    )
+    model = transformers.BertModel(config).eval().requires_grad_(False)
     monkeypatch.setattr(timing, "require_cpp_compiler", no_compiler)
     monkeypatch.setattr("fastattn.bench.contenders.requirements.find_spec", lambda name: None)
     ids = torch.randint(0, 50, (3, 8))
@@ -161,14 +155,7 @@ def test_without_a_compiler_or_onnx_the_other_rows_are_measured(monkeypatch):
         {"input_ids": ids, "attention_mask": mask},
         {"input_ids": ids[:, :5], "attention_mask": mask[:, :5]},
     ]
-    found = timing.time_contenders(
-        build(False),
-        lambda: build(False),
-        lambda padding="auto": build(True, padding),
-        batches,
-        device="cpu",
-        budget_s=0.5,
-    )
+    found = timing.time_contenders(Models(model), batches, device="cpu", budget_s=0.5)
     found.resources.close()
     reasons = {row.name: row.reason for row in found.rows if row.status == "missing"}
     assert reasons["torch.compile fp32"] == "missing: C++ compiler"

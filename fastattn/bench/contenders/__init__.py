@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from fastattn.bench.contenders.runner import Generated, Runner, Stages, TrainStep
-from fastattn.bench.contenders.source import DTYPES, Kind, Source, auto_dtypes, copy_of, kind_of
+from fastattn.bench.contenders.source import DTYPES, Kind, Models, Source, auto_dtypes, copy_of, kind_of
 
 __all__ = [
     "AUTO",
@@ -21,6 +21,7 @@ __all__ = [
     "Builder",
     "Generated",
     "Kind",
+    "Models",
     "Runner",
     "Source",
     "Stages",
@@ -49,6 +50,7 @@ class Builder:
         precisions: those it exists in; empty: the dtypes asked for.
         ours: whether it is fastattn's.
         kinds: of models it can run.
+        remote: whether it lives in a process of its own anyway.
     """
 
     label: str
@@ -57,6 +59,7 @@ class Builder:
     precisions: tuple[str, ...] = ()
     ours: bool = False
     kinds: frozenset[Kind] = frozenset({"encoder", "classifier", "decoder", "encoder-decoder"})
+    remote: bool = False
 
     def build(self, source: Source, precision: str, stages: Stages) -> Runner:
         """The runner, made now."""
@@ -100,7 +103,7 @@ BUILDERS: dict[str, Builder] = {
     "ctranslate2": Builder("CTranslate2", "ctranslate2:build", _INFERENCE, ("fp32",)),
     "ctranslate2-int8": Builder("CTranslate2", "ctranslate2:build", _INFERENCE, ("int8",)),
     "liger": Builder("Liger", "liger:build"),
-    "optimum": Builder("optimum ORTModel", "optimum:build", _INFERENCE, ("fp32",)),
+    "optimum": Builder("optimum ORTModel", "optimum:build", _INFERENCE, ("fp32",), remote=True),
 }
 UNTOUCHED = ("eager", "sdpa")
 # Measured where contenders are not named, by type of device.

@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastattn.bench.contenders.quiet import quiet
+from fastattn.bench.contenders.remote_runner import RemoteRunner
 from fastattn.bench.contenders.requirements import require_cpu
-from fastattn.bench.contenders.runner import Generated, Runner, Stages
+from fastattn.bench.contenders.runner import Runner, Stages
 from fastattn.bench.contenders.source import Source
-from fastattn.bench.remote import CHILD, RemoteOutput, RemoteProcess, RemoteRun
-from fastattn.bench.timers import Sample
+from fastattn.bench.remote import CHILD, RemoteProcess
 from fastattn.bench.timing import MissingError
 
 __all__ = ["build"]
@@ -47,7 +45,7 @@ def build(source: Source, precision: str, stages: Stages) -> Runner:
     child = source.resources.enter_context(RemoteProcess(command, source.folder))
     for name, milliseconds in child.stages_ms.items():
         stages.times_ms[name] = milliseconds
-    return OptimumModel(child)
+    return RemoteRunner(child)
 
 
 def _python() -> Path:
@@ -81,76 +79,3 @@ def _for_transformers_4(source: Source) -> Path:
         config["rope_scaling"] = None if rotary.get("rope_type") == "default" else rotary
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
-
-
-class OptimumModel(Runner):
-    """An ORTModel in the other environment."""
-
-    def __init__(self, child: RemoteProcess) -> None:
-        self._child = child
-
-    def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
-        return self.forward_call(inputs)()
-
-    def forward_call(self, inputs: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
-        return _Call(self._run({"do": "forward"}, inputs), _Outputs)
-
-    def generate(self, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> Generated:
-        output: Generated = self.generate_call(inputs, new_tokens)()
-        return Generated(output.tokens, output.stamps_ms)
-
-    def generate_call(self, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> Callable[[], Any]:
-        return _Call(self._run({"do": "generate", "new_tokens": new_tokens}, inputs), _Tokens)
-
-    def _run(self, request: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -> RemoteRun:
-        return self._child.run(request, {name: tensor.numpy() for name, tensor in inputs.items()})
-
-
-class _Call:
-    """A workload in the other environment, which times itself (`timers.SelfTimed`)."""
-
-    def __init__(self, run: RemoteRun, kind: Callable[[RemoteOutput], Any]) -> None:
-        self._run, self._kind = run, kind
-
-    @property
-    def peak_host_bytes(self) -> int | None:
-        return self._run.peak_host_bytes
-
-    def sample(self, calls: int) -> Sample:
-        sample = self._run.sample(calls)
-        return sample._replace(output=self._kind(sample.output))
-
-    def __call__(self) -> Any:
-        return self.sample(1).output
-
-
-class _Outputs(Mapping[str, torch.Tensor]):
-    """A forward's outputs by name, fetched when they are looked at: not while it is timed."""
-
-    def __init__(self, output: RemoteOutput) -> None:
-        self._output = output
-
-    @cached_property
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(array) for name, array in self._output.arrays().items()}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-class _Tokens:
-    """What `Generated` is, its tokens fetched when they are looked at."""
-
-    def __init__(self, output: RemoteOutput) -> None:
-        self._outputs = _Outputs(output)
-        self.stamps_ms = tuple(output.parts["stamps_ms"])
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        return self._outputs["tokens"]

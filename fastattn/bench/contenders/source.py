@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,35 +13,87 @@ from typing import Any, Literal
 
 import torch
 
+from fastattn.bench.contender import MissingError
 from fastattn.bench.workloads import Workload, maximum_positions
 from fastattn.processor import cpu_flags
+from fastattn.swap import is_swapped, optimize, restore
 
-__all__ = ["DTYPES", "Kind", "Source", "auto_dtypes", "copy_of", "kind_of", "token_inputs"]
+__all__ = ["DTYPES", "Kind", "Models", "Source", "auto_dtypes", "copy_of", "kind_of", "token_inputs"]
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Kind = Literal["encoder", "classifier", "decoder", "encoder-decoder"]
 
 
-@dataclass
-class Source:
-    """The models that contenders are copied from; none of them is the user's own object.
+@dataclass(frozen=True)
+class Models:
+    """The user's model, swapped or not, and what it is compared with; contenders get copies of them.
 
     Attributes:
-        fused: a fresh copy of the model fastattn is measured on, swapped; takes optimize's `padding`.
-        untouched: a fresh copy of the same weights on the original layers, in fp32: the reference.
-        model: the user's own, of which only the config and the signature are read.
+        model: what is measured.
+        reference: its untouched counterpart; None for the model itself, restored.
+    """
+
+    model: torch.nn.Module
+    reference: torch.nn.Module | None = None
+
+    def untouched(self) -> torch.nn.Module:
+        """A copy on the original layers, in fp32."""
+        duplicate = copy_of(self.model if self.reference is None else self.reference)
+        restore(duplicate)
+        return duplicate.to(torch.float32)
+
+    def fused(self, padding: str) -> torch.nn.Module:
+        """A swapped copy: as the user swapped it, or by `optimize`.
+
+        Raises:
+            MissingError: there is no layer to swap.
+        """
+        duplicate = copy_of(self.model)
+        if is_swapped(duplicate) and padding == "auto":
+            return duplicate
+        report = optimize(duplicate, padding=padding)
+        if not is_swapped(duplicate):
+            reasons = sorted({site.reason for site in report.sites if site.reason})
+            raise MissingError(f"layers to swap ({'; '.join(reasons)})")
+        return duplicate
+
+
+@dataclass
+class Source:
+    """What contenders are built from.
+
+    Attributes:
+        models: the user's, to be copied.
         device: where contenders run.
         kind: what the model is.
         resources: closed when the benchmark ends.
     """
 
-    fused: Callable[..., torch.nn.Module]
-    untouched: Callable[[], torch.nn.Module]
-    model: torch.nn.Module
+    models: Models
     device: torch.device
     kind: Kind
     resources: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The user's own, of which only the config and the signature are read."""
+        return self.models.model
+
+    def untouched(self) -> torch.nn.Module:
+        """A fresh copy of the model on its original layers, in fp32, where contenders run: the reference."""
+        return self.models.untouched().to(self.device)
+
+    def fused(self, padding: str = "auto") -> torch.nn.Module:
+        """A fresh copy of the model fastattn is measured on, swapped.
+
+        Args:
+            padding: as `optimize` takes it.
+
+        Raises:
+            MissingError: there is no layer to swap.
+        """
+        return self.models.fused(padding)
 
     @cached_property
     def sample(self) -> dict[str, torch.Tensor]:

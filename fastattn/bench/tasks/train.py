@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ class TrainWork(Work):
         return {**batch, **_labels(model, batch, self.workload.seed)}
 
     def prepared(self, runner: Runner, precision: str) -> Prepared:
-        return Prepared(partial(runner.train_step, self.inputs), answer=_trained, parts=_parts)
+        return Prepared(runner.train_call(self.inputs), answer=_trained, parts=_parts)
 
     def expect(self, runner: Runner) -> None:
         self._expected = _trained(runner.train_step(self.inputs))
