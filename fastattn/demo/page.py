@@ -8,17 +8,14 @@ from typing import Any
 
 from fastattn.bench.ratio import METHOD
 from fastattn.bench.report import (
-    Bar,
     Cell,
     Environment,
-    Point,
-    RatioPlot,
     Report,
     Section,
     Table,
     Text,
-    TimePlot,
 )
+from fastattn.bench.report_sections import time_sections
 from fastattn.bench.row_table import plain_cell, row_table
 from fastattn.demo.result import Answer, DemoResult, described, headline
 from fastattn.report import format_table
@@ -62,22 +59,7 @@ def _timed(result: DemoResult) -> str:
 
 
 def _timing(result: DemoResult) -> list[Section]:
-    rows = result.rows
-    sections: list[Section] = [Table("Times", *row_table(rows))]
-    bars = [
-        Bar(row.name, row.median_ms, row.min_ms, row.p90_ms, row.highlight)
-        for row in rows
-        if row.median_ms is not None and row.min_ms is not None and row.p90_ms is not None
-    ]
-    if bars:
-        sections.append(
-            TimePlot("Time a call", bars, note="Bar: median; whisker: minimum to 90th percentile.")
-        )
-    points = [Point(r.name, r.ratio.value, r.ratio.low, r.ratio.high, r.highlight) for r in rows if r.ratio]
-    if points and result.baseline is not None:
-        note = "Median over paired rounds with its 95% interval."
-        sections.append(RatioPlot(f"Speed-up over {result.baseline.name}", points, note=note))
-    return sections
+    return [Table("Times", *row_table(result.rows)), *time_sections(result.rows)]
 
 
 def _search(result: DemoResult) -> list[Section]:

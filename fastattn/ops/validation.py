@@ -65,11 +65,14 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether the values of `x` cannot be read now: compile or export is tracing, or `x` is fake."""
+    """Whether the values of `x` cannot be read now: compile or export is tracing, a CUDA graph is captured,
+    or `x` is fake.
+    """
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or (torch._C._len_torch_dispatch_stack() > 0 and not _is_only_watched())
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
