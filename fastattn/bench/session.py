@@ -163,7 +163,9 @@ class Session:
     def scaling(self, axis: str, base: Workload, limit: int | None) -> Scaling:
         """Time and memory of the untouched and the swapped model along one axis, the rest as in `base`."""
         values: dict[str, Sequence[float]] = {
-            "length": [n for n in (16, 32, 64, 128, 256, 512) if limit is None or n <= limit],
+            "length": [
+                n for n in (16, 32, 64, 128, 256, 512) if limit is None or n + base.new_tokens <= limit
+            ],
             "batch": (1, 2, 4, 8, 16),
             "fill": (0.25, 0.5, 0.75, 1.0),
         }
