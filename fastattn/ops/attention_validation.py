@@ -63,9 +63,11 @@ def check_score_terms(
             raise ValueError(
                 f"{op}: {name} must be [query heads] = [{heads}], one a query head; got {shape_of(x)}"
             )
-    if scale is not None and not math.isfinite(scale):
+    # Compared, not math.isfinite: once two models of different head sizes were compiled, dynamo traces the
+    # scale as a symbol, which that function does not take.
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale is {scale}; it must be finite")
-    if not (math.isfinite(softcap) and softcap >= 0.0):
+    if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{op}: softcap is {softcap}; it must be finite and >= 0 (0 = none)")
 
 

@@ -269,6 +269,28 @@ def test_autocast(bert_config):
 
 
 @torch.no_grad()
+def test_models_of_several_head_sizes_compile_in_one_process():
+    """Dynamo makes a symbol of the scale once it has seen two: the second must still be one graph."""
+    torch._dynamo.reset()
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    for heads in (1, 2, 4):
+        config = transformers.BertConfig(
+            vocab_size=20,
+            hidden_size=16,
+            num_attention_heads=heads,
+            num_hidden_layers=1,
+            intermediate_size=16,
+        )
+        model = transformers.BertModel(config).eval()
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            fastattn.optimize(model)
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            found = compiled(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-5), heads
+
+
 def test_compiles_into_one_graph(bert_config):
     reference, model = swapped_pair(bert_config)
     torch._dynamo.reset()
