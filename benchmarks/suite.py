@@ -38,11 +38,11 @@ RAGGED, FULL, SINGLE = Workload(8, 128, 0.47), Workload(8, 128), Workload(1, 128
 TRAIN = Workload(8, 128, 0.47, task="train")
 PREFILL = Workload(1, 128, task="prefill")
 DECODE = Workload(1, 128, task="decode", new_tokens=64)
-DECODE_BATCH = Workload(4, 128, 0.6, task="decode", new_tokens=32)
-TRAIN_DECODER = Workload(4, 128, task="train")
+DECODE_BATCH = Workload(4, 128, 0.6, task="decode", new_tokens=16)
+TRAIN_DECODER = Workload(2, 128, task="train")
 TRANSLATE, TRANSLATE_BATCH = (
     Workload(1, 64, task="decode", new_tokens=32),
-    Workload(8, 64, 0.6, task="decode", new_tokens=32),
+    Workload(8, 64, 0.6, task="decode", new_tokens=16),
 )
 
 # "Not slower" is a lower bound of 0.97.
