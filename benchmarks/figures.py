@@ -38,21 +38,11 @@ class StaleError(ValueError):
 
 def load(folder: Path) -> list[dict[str, Any]]:
     """Every committed result that holds times, by file name; those of a suite first."""
-    documents = [_renewed(load_json(path)) for path in sorted(folder.glob("*.json"))]
+    documents = [load_json(path) for path in sorted(folder.glob("*.json"))]
     return sorted(
         (each for each in documents if each.get("schema") in (SUITE, FAMILIES)),
         key=lambda each: each["schema"] != SUITE,
     )
-
-
-def _renewed(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of the schemas before `fastattn.suite/1` in the form of those that came after."""
-    if document.get("schema") == "fastattn.results/1":
-        environment = document["models"][0]["result"]["environment"]
-        return {**document, "schema": SUITE, "runs": document["models"], "environment": environment}
-    if document.get("schema") == "fastattn.exports/1":
-        return {**document, "schema": FAMILIES}
-    return document
 
 
 def entries(documents: Sequence[Mapping[str, Any]]) -> list[Measured]:

@@ -100,7 +100,7 @@ def _git() -> dict[str, Any] | None:
     if top is None or Path(top).resolve() != root:
         return None
     commit = output_of("git", "-C", str(root), "rev-parse", "HEAD")
-    status = output_of("git", "-C", str(root), "status", "--porcelain")
+    status = output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": None if status is None else bool(status)} if commit else None
 
 
