@@ -266,7 +266,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["FASTATTN_CACHE"] = tempfile.mkdtemp(prefix="fastattn-suite-")
     held = True
     for name, target in targets.items():
-        command = f"python benchmarks/suite.py --models {name} --device {args.device} --budget {args.budget:g}"
+        options = f"--models {name} --device {args.device} --budget {args.budget:g}"
+        command = f"python benchmarks/suite.py {options}"
         document, holds = measured(name, args.device, args.budget, command)
         write_text(target, json.dumps(document, indent=1, allow_nan=False) + "\n")
         print(f"wrote {target.name}\n", flush=True)
