@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_sections.attention import BACKENDS, flex, sdpa
+from gpu_sections.attention import BACKENDS, block_mask, flex, sdpa
 from gpu_sections.timing import liger
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -68,16 +68,15 @@ def sdpa_backends(tensors: Sequence[Tensor], **named: Any) -> dict[str, Make]:
     }
 
 
-def flex_attention(tensors: Sequence[Tensor], **named: Any) -> Make:
-    """FlexAttention, compiled; `named` are its arguments, or functions that make them."""
+def flex_attention(tensors: Sequence[Tensor], keep: Callable[..., Tensor], **options: Any) -> Make:
+    """FlexAttention, compiled, over the pairs that `keep(b, h, q, k)` keeps; `options` are `block_mask`'s."""
 
     def make() -> Run:
         if tensors[0].device.type == "cpu":
             raise MissingError(
                 "FlexAttention is compared on a GPU: compiled for a CPU it needs a C++ compiler"
             )
-        made = {name: each() if name == "block_mask" else each for name, each in named.items()}
-        return flex(list(tensors), **made)()
+        return flex(list(tensors), block_mask=block_mask(keep, tensors[0], **options))()
 
     return make
 

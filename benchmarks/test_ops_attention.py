@@ -59,12 +59,6 @@ def test_attention(compared: Any, randn: Randn, mask: Tensor) -> None:
     keep, added = mask[:, None, None], hidden_by(mask, tensors[0].dtype)
     terms = AttentionTerms(mask=mask, scale=SCALE)
 
-    def block_mask() -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        sizes = (BATCH.batch, None, BATCH.seq, BATCH.seq)
-        return create_block_mask(lambda b, h, q, k: mask[b, k], *sizes, device=mask.device)
-
     compared(
         "attention, padding mask",
         {
@@ -73,7 +67,10 @@ def test_attention(compared: Any, randn: Randn, mask: Tensor) -> None:
             REFERENCE: lambda: attention_reference(*tensors, terms)[0],
             FASTATTN: lambda: ops.attention(*tensors, mask=mask),
         },
-        {**sdpa_backends(tensors, attn_mask=keep), FLEX: flex_attention(tensors, block_mask=block_mask)},
+        {
+            **sdpa_backends(tensors, attn_mask=keep),
+            FLEX: flex_attention(tensors, lambda b, h, q, k: mask[b, k], per_batch=True),
+        },
     )
 
 
@@ -85,12 +82,6 @@ def test_attention_causal(compared: Any, randn: Randn) -> None:
     added = torch.zeros_like(future, dtype=tensors[0].dtype).masked_fill(future, -math.inf)
     terms = AttentionTerms(causal=True, scale=SCALE)
 
-    def block_mask() -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        sizes = (None, None, BATCH.seq, BATCH.seq)
-        return create_block_mask(lambda b, h, q, k: q >= k, *sizes, device=tensors[0].device)
-
     compared(
         "attention, causal",
         {
@@ -99,7 +90,7 @@ def test_attention_causal(compared: Any, randn: Randn) -> None:
             REFERENCE: lambda: attention_reference(*tensors, terms)[0],
             FASTATTN: lambda: ops.attention(*tensors, causal=True),
         },
-        {**sdpa_backends(tensors, is_causal=True), FLEX: flex_attention(tensors, block_mask=block_mask)},
+        {**sdpa_backends(tensors, is_causal=True), FLEX: flex_attention(tensors, lambda b, h, q, k: q >= k)},
     )
 
 

@@ -70,11 +70,12 @@ def flex(tensors: list[Tensor], **named: Any) -> Callable[[], Callable[[], Any]]
     return compiled(run, *tensors)
 
 
-def block_mask(keep: Callable[..., Tensor], sizes: Sizes, *, per_batch: bool = False) -> Any:
+def block_mask(keep: Callable[..., Tensor], query: Tensor, *, per_batch: bool = False) -> Any:
+    """FlexAttention's mask of the pairs that `keep(b, h, q, k)` keeps; query [B, H, S, D], as many keys."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    batch = sizes.batch if per_batch else None
-    return create_block_mask(keep, batch, None, sizes.sequence, sizes.sequence, device=DEVICE)
+    batch, _, length, _ = query.shape
+    return create_block_mask(keep, batch if per_batch else None, None, length, length, device=query.device)
 
 
 def plain(name: str, sizes: Sizes, causal: bool) -> Case:
@@ -86,7 +87,7 @@ def plain(name: str, sizes: Sizes, causal: bool) -> Case:
         contenders.append(Contender(title, run))
 
     def flexible() -> Callable[[], Any]:
-        mask = block_mask(lambda b, h, q, k: q >= k, sizes) if causal else None
+        mask = block_mask(lambda b, h, q, k: q >= k, tensors[0]) if causal else None
         return flex(tensors, block_mask=mask, enable_gqa=sizes.key_heads > 0)()
 
     contenders.append(Contender("FlexAttention", prepare=flexible))
@@ -115,7 +116,7 @@ def padding(name: str, sizes: Sizes) -> Case:
         Contender(
             "FlexAttention",
             prepare=lambda: flex(
-                tensors, block_mask=block_mask(lambda b, h, q, k: k < lengths[b], sizes, per_batch=True)
+                tensors, block_mask=block_mask(lambda b, h, q, k: k < lengths[b], tensors[0], per_batch=True)
             )(),
         ),
     ]
@@ -173,7 +174,7 @@ def window(name: str, sizes: Sizes, left: int) -> Case:
         Contender(
             "FlexAttention",
             prepare=lambda: flex(
-                tensors, block_mask=block_mask(lambda b, h, q, k: (q >= k) & (q - k <= left), sizes)
+                tensors, block_mask=block_mask(lambda b, h, q, k: (q >= k) & (q - k <= left), tensors[0])
             )(),
         ),
     ]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from fastattn.bench.attribution import attributions
 from fastattn.bench.choices import check_choices, check_model, choose_workloads
 from fastattn.bench.contenders import Models, Source, kind_of
 from fastattn.bench.environment import capture_environment
@@ -145,7 +144,6 @@ def benchmark(
         measurements=tuple(measurements),
         environment=environment | {"load": load.read()},
         settings=settings,
-        attributions=tuple(each for one in measurements for each in attributions(one)),
         rooflines=tuple(rooflines),
         scalings=tuple(scalings),
         interrupted=interrupted,

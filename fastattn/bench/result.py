@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.bench.analysis_text import attribution_text, roofline_text, scaling_text
-from fastattn.bench.attribution import Attribution
+from fastattn.bench.attribution import Attribution, attributions
 from fastattn.bench.files import write_text
 from fastattn.bench.ratio import METHOD
 from fastattn.bench.report import Cell, Environment, Report, Section, Table, Text
@@ -117,7 +117,6 @@ class BenchmarkResult:
         measurements: one a workload.
         environment: of `capture_environment`.
         settings: what was asked for.
-        attributions: what part of a speed-up is due to what, by workload and path.
         rooflines: the operations of a model against the machine's ceilings, where asked for.
         scalings: time and memory along an axis, where asked for.
         interrupted: whether it was stopped before its end: the rest was not measured.
@@ -127,10 +126,14 @@ class BenchmarkResult:
     measurements: tuple[Measurement, ...]
     environment: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
-    attributions: tuple[Attribution, ...] = ()
     rooflines: tuple[Roofline, ...] = ()
     scalings: tuple[Scaling, ...] = ()
     interrupted: bool = False
+
+    @property
+    def attributions(self) -> tuple[Attribution, ...]:
+        """What part of a speed-up is due to what, by workload and path."""
+        return tuple(each for measurement in self.measurements for each in attributions(measurement))
 
     def table(self) -> str:
         """Plain text: a table a workload, with parity beside every time."""
@@ -193,9 +196,8 @@ class BenchmarkResult:
         sections: list[Section] = []
         for measurement in self.measurements:
             sections += measurement.sections()
-            for attribution in self.attributions:
-                if attribution.workload == measurement.workload:
-                    sections += attribution_sections(attribution)
+            for attribution in attributions(measurement):
+                sections += attribution_sections(attribution)
         for each in self.rooflines:
             sections += roofline_sections(each)
         for scaling in self.scalings:
