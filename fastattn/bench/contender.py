@@ -33,6 +33,7 @@ class Prepared:
         parts: milliseconds of named parts of one call, from its output, such as {"first_token_ms": [12.0]}.
         held: what was built once for several measurements and is used here: memory it holds, which counts
             to this contender's; None where `prepare` builds everything.
+        versions: of the packages that run it, where its environment is not this process'.
     """
 
     run: Callable[[], Any]
@@ -40,6 +41,7 @@ class Prepared:
     answer: Callable[[Any], Any] | None = None
     parts: Parts | None = None
     held: Memory | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ from fastattn.processor import output_of, processor
 
 __all__ = ["capture_environment", "environment_text", "load_average"]
 
-_PACKAGES = ("torch", "triton", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy")
+_PACKAGES = (
+    "torch", "triton", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy",
+    "openvino", "ctranslate2", "liger-kernel",
+)  # fmt: skip
 
 
 def capture_environment() -> dict[str, Any]:

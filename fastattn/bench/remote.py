@@ -243,6 +243,7 @@ class RemoteRun:
             self.child.stages_ms,
             answer=lambda output: output.arrays(),
             parts=lambda output: output.parts,
+            versions=self.child.versions,
         )
 
 

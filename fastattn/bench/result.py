@@ -144,6 +144,10 @@ class BenchmarkResult:
             parts.append(f"{measurement.workload}{over}\n{_plain(*row_table(measurement.tried))}")
             if any(row.stages_ms for row in measurement.rows):
                 parts.append(f"before the first round, once\n{_plain(*cold_table(measurement.tried))}")
+            for row in measurement.rows:
+                if row.versions:
+                    packages = ", ".join(f"{name} {version}" for name, version in row.versions.items())
+                    parts.append(f"{row.name} runs in an environment of its own: {packages}")
             if measurement.missing:
                 parts.append(f"not measured\n{_plain(*missing_table(measurement.missing))}")
         for attribution in self.attributions:

@@ -67,6 +67,7 @@ class Row:
         wall_ms, cpu_ms: wall time, and processor time over all threads of the process.
         device_ms: time between two events on the GPU, empty elsewhere.
         stages_ms: what was done once before the first call, in order: "export", "compile", "load".
+        versions: of the packages that run it, where its environment is not this process'.
         first_call_ms: the first call, with whatever it compiles.
         parts_ms: named parts of a call, such as "first_token_ms" and "inter_token_ms", of all rounds.
         peak_host_bytes, peak_device_bytes: what the contender adds at its peak: weights, arenas and working
@@ -93,6 +94,7 @@ class Row:
     baseline: bool = False
     highlight: bool = False
     stages_ms: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     parts_ms: dict[str, tuple[float, ...]] = field(default_factory=dict)
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
@@ -157,7 +159,14 @@ class Row:
             name: list(getattr(self, name)) for name in ("wall_ms", "cpu_ms", "device_ms")
         }
         samples["parts_ms"] = {name: list(values) for name, values in self.parts_ms.items()}
-        return {**plain, **figures, "stages_ms": dict(self.stages_ms), "parts": parts, **samples}
+        return {
+            **plain,
+            **figures,
+            "stages_ms": dict(self.stages_ms),
+            "versions": dict(self.versions),
+            "parts": parts,
+            **samples,
+        }
 
 
 def with_ratios(row: Row, baseline: Row | None, against: Row | None) -> Row:

@@ -32,11 +32,14 @@ FORWARD_TASKS = ("encode", "classify", "prefill")
 
 @dataclass(frozen=True)
 class Built:
-    """A contender made ready for all workloads, what that took, and the memory it holds since."""
+    """A contender made ready for all workloads, what that took, the memory it holds since, and the versions
+    of packages that are not this process'.
+    """
 
     runner: Runner
     stages_ms: Mapping[str, float]
     held: Memory
+    versions: Mapping[str, str]
 
 
 @dataclass
@@ -77,7 +80,7 @@ class Session:
                     runner = isolated_contender(self.source, key, precision, stages)
                 else:
                     runner = BUILDERS[key].build(self.source, precision, stages)
-                self._built[name] = Built(runner, stages.times_ms, meter.added())
+                self._built[name] = Built(runner, stages.times_ms, meter.added(), stages.versions)
             except Exception as error:
                 self._built[name] = error
         found = self._built[name]
@@ -186,7 +189,12 @@ class Session:
         if task not in builder.tasks:
             raise MissingError(f"{task!r} with {builder.label}: it does {', '.join(sorted(builder.tasks))}")
         built = self.built(key, precision, isolated=self.isolate and not builder.remote)
-        return replace(work.prepared(built.runner, precision), stages_ms=built.stages_ms, held=built.held)
+        return replace(
+            work.prepared(built.runner, precision),
+            stages_ms=built.stages_ms,
+            held=built.held,
+            versions=built.versions,
+        )
 
     def _limit(self, work: Work, precision: str) -> float:
         return work.limit(precision, self._untouched(precision) if precision in DTYPES else None)

@@ -71,6 +71,7 @@ class Trial:
                 status="measured",
                 reason="",
                 stages_ms=dict(prepared.stages_ms),
+                versions=dict(prepared.versions),
                 first_call_ms=first.wall_s * 1e3,
             )
             seconds = first.wall_s

@@ -250,6 +250,7 @@ def test_optimum_answers_from_another_process(
                 assert config["rope_theta"] == 500.0 and config["rope_scaling"] is None, config
                 with child.stage("load"):
                     pass
+                child.versions["optimum"] = "2.1"
                 def task(request, arrays):
                     ids = arrays["input_ids"]
                     if request["do"] == "forward":
@@ -268,6 +269,7 @@ def test_optimum_answers_from_another_process(
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
     runner, _, stages = built(source, "optimum")
     assert list(stages.times_ms) == ["save", "load"]
+    assert stages.versions == {"optimum": "2.1"}
     ids = Workload(2, 6).tokens(99)
     sample = CpuTimer().sample(runner.forward_call(ids), 3)
     assert torch.equal(sample.output["logits"][:, 0, 7], ids["input_ids"][:, -1].double())

@@ -79,6 +79,7 @@ def test_a_remote_contender_is_a_row_like_any_other(start: StartChild) -> None:
     assert there.ratio is not None and there.ratio.baseline == "here" and here.status == "measured"
     assert there.parity is not None and there.parity.passed
     assert there.stages_ms.keys() == {"load"}
+    assert there.versions == {"numpy": np.__version__}
     rounds = len(there.wall_ms)
     assert there.parts_ms == {"first_ms": (1.5,) * rounds, "later_ms": (2.5, 3.5) * rounds}
 

@@ -45,6 +45,7 @@ def build(source: Source, precision: str, stages: Stages) -> Runner:
     child = source.resources.enter_context(RemoteProcess(command, source.folder))
     for name, milliseconds in child.stages_ms.items():
         stages.times_ms[name] = milliseconds
+    stages.versions.update(child.versions)
     return RemoteRunner(child)
 
 

@@ -42,12 +42,14 @@ def prepare(child: Any) -> Any:
     saved, exported, kind, threads = child.arguments
     task, class_name = _task(child, Path(saved), kind)
     torch.set_num_threads(int(threads))
-    with child.stage("export"):
-        options = {"task": task, "do_validation": False, "local_files_only": True}
-        try:
-            # O3 is the same with an approximate GELU, which is another model.
+    options = {"task": task, "do_validation": False, "local_files_only": True}
+    try:
+        # O3 is the same with an approximate GELU, which is another model.
+        with child.stage("export, O2"):
             main_export(saved, exported, optimize="O2", **options)
-        except (KeyError, NotImplementedError):  # it has no optimization for this model
+    except (KeyError, NotImplementedError):  # it has no optimization for this model: said in its stages
+        del child.stages_ms["export, O2"]
+        with child.stage("export, not optimized"):
             main_export(saved, exported, **options)
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = int(threads)

@@ -110,10 +110,12 @@ class Stages:
     Attributes:
         memory: begins to count where what was converted is loaded: what a converter leaves in this process is
             not what running its result takes.
+        versions: of the packages that run it, where its environment is not this process'.
     """
 
     times_ms: dict[str, float] = field(default_factory=dict)
     memory: MemoryMeter | None = None
+    versions: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
