@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -110,27 +111,31 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     kind = kind_of(model)
     workloads = choose_workloads(_workloads(args, kind, tokenizer), kind, maximum_positions(model))
+    result = first = None
     if budget_s > _FIRST_ANSWER_S:
         first = fastattn.benchmark(
             model, device=args.device, contenders="fastattn", workloads=workloads[0], dtypes="fp32",
             budget_s=_FIRST_ANSWER_S / 2, min_rounds=6, until=0.05, progress=True,
         )  # fmt: skip
         print(f"First answer, a few rounds; the full one follows.\n\n{first.table()}\n", file=sys.stderr)
-        if first.interrupted:
-            return _INTERRUPTED
-    result = fastattn.benchmark(
-        model,
-        device=args.device,
-        contenders=contenders,
-        workloads=workloads,
-        dtypes=dtypes,
-        budget_s=budget_s,
-        until=until,
-        with_roofline=args.roofline or args.full,
-        scaling_axes=axes,
-        isolate=args.isolate,
-        progress=True,
-    )
+    if first is None or not first.interrupted:
+        result = fastattn.benchmark(
+            model,
+            device=args.device,
+            contenders=contenders,
+            workloads=workloads,
+            dtypes=dtypes,
+            budget_s=budget_s,
+            until=until,
+            with_roofline=args.roofline or args.full,
+            scaling_axes=axes,
+            isolate=args.isolate,
+            progress=True,
+        )
+    if first is not None and (result is None or (result.interrupted and not _has_times(result))):
+        # Interrupted before the full answer had a time: the first one is what was measured.
+        result = replace(first, interrupted=True)
+    assert result is not None
     print(json.dumps(result.to_dict(), indent=1) if args.json == _PRINT else result.table())
     written = _write(result, args)
     if result.interrupted:
@@ -138,6 +143,10 @@ def run(args: argparse.Namespace) -> int:
         return _INTERRUPTED
     right = all(row.status != "wrong" for each in result.measurements for row in each.rows)
     return 0 if right and written else 1
+
+
+def _has_times(result: BenchmarkResult) -> bool:
+    return any(row.wall_ms for each in result.measurements for row in each.rows)
 
 
 def _write(result: BenchmarkResult, args: argparse.Namespace) -> bool:

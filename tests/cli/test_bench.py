@@ -95,6 +95,46 @@ def test_ctrl_c_prints_and_writes_what_was_measured(
     assert len(json.loads(data.read_text(encoding="utf-8"))["measurements"]) == 2
 
 
+@pytest.mark.parametrize("runs_before", [0, 1])
+def test_ctrl_c_before_the_full_answer_has_a_time_keeps_the_first_answer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_before: int
+) -> None:
+    """Pressed in the first answer's rounds, or while the contenders of the full one are made ready."""
+    from fastattn.bench import model_benchmark, timing
+    from fastattn.cli import bench
+
+    monkeypatch.setattr(bench, "_FIRST_ANSWER_S", 0.01)
+    measure, runs = model_benchmark.benchmark, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        runs.append(len(runs))
+        return measure(*args, **options)
+
+    monkeypatch.setattr("fastattn.benchmark", counted)
+    prepare = timing.Trial.prepare
+    taken = timing.Trial.take_sample
+
+    def prepared(self: Any, *args: Any) -> Any:
+        if len(runs) > 1:
+            raise KeyboardInterrupt
+        return prepare(self, *args)
+
+    def sampled(self: Any, *args: Any) -> Any:
+        found = taken(self, *args)
+        if runs_before == 0 and len(self.samples) >= 2:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(timing.Trial, "prepare", prepared)
+    monkeypatch.setattr(timing.Trial, "take_sample", sampled)
+    data = tmp_path / "data.json"
+    assert call("bench", folder, *SMALL, "--json", data) == 130
+    result = json.loads(data.read_text(encoding="utf-8"))
+    assert result["interrupted"] and len(runs) == runs_before + 1
+    (measurement,) = result["measurements"]
+    assert any(row["wall_ms"] for row in measurement["rows"])
+
+
 def test_a_model_or_a_comparison_must_be_named() -> None:
     with pytest.raises(SystemExit, match="name a MODEL to measure, or --compare OLD NEW"):
         call("bench")
