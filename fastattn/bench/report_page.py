@@ -28,10 +28,10 @@ PAGE = Template(
           --s4: #f78fc0; --s5: #a3e635; --s6: #fcd34d; --s7: #a9b6c6; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background: var(--page);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 80rem; background: var(--page);
        color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p { margin: .4rem 0; max-width: 62rem; overflow-wrap: anywhere; }
 .summary { background: var(--panel); border-left: 4px solid var(--accent); border-radius: 4px;
@@ -39,8 +39,8 @@ p { margin: .4rem 0; max-width: 62rem; overflow-wrap: anywhere; }
 .summary li { margin: .2rem 0; }
 .note { color: var(--soft); font-size: .88rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: separate; border-spacing: 0; font-size: .92rem; min-width: 40%; }
-th, td { text-align: left; vertical-align: top; white-space: nowrap; padding: .38rem .8rem .38rem 0;
+table { border-collapse: separate; border-spacing: 0; font-size: .88rem; min-width: 40%; }
+th, td { text-align: left; vertical-align: top; white-space: nowrap; padding: .38rem .6rem .38rem 0;
          border-bottom: 1px solid var(--grid); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
