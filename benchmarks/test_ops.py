@@ -35,6 +35,7 @@ from fastattn.ops.norm_reference import (
     layer_norm_reference,
     rms_norm_reference,
 )
+from fastattn.ops.quantized_linear_reference import quantized_linear_reference
 from fastattn.ops.rotary import rotary_reference
 from fastattn.ops.softmax import softmax_reference
 
@@ -218,4 +219,26 @@ def test_packed_linear(compared: Any, randn: Randn) -> None:
             FASTATTN: lambda: ops.packed_linear(x, weights, biases),
         },
         budget_s=2.0,
+    )
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weight", "int4-weight"])
+@contenders(PYTORCH, REFERENCE, FASTATTN)
+def test_quantized_linear(compared: Any, randn: Randn, scheme: str) -> None:
+    """A feed-forward layer of a quantized model; the ratio is over the float layer of the same weight.
+    `quantized_linears.py` has other sizes and numbers of rows.
+    """
+    x, bias = randn(BATCH.batch, BATCH.seq, HIDDEN), randn(FFN)
+    packed = ops.quantize_absmax(randn(FFN, HIDDEN), scheme)
+    weight = packed.dequantize(x.dtype)
+    # PyTorch does not round the activations.
+    rounded = {"tolerance": 0.02} if scheme == "int8" else {}
+    compared(
+        f"quantized_linear, {scheme}",
+        {
+            PYTORCH: lambda: functional.linear(x, weight, bias),
+            REFERENCE: lambda: quantized_linear_reference(x, packed, bias, None),
+            FASTATTN: lambda: ops.quantized_linear(x, packed, bias),
+        },
+        **rounded,
     )

@@ -10,9 +10,11 @@ from fastattn.registration import register_with_transformers
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastattn import layers, ops
+    from fastattn import compress, layers, ops
     from fastattn.backend import BackendError, set_backend
     from fastattn.bench import benchmark
+    from fastattn.compress.pruning import prune
+    from fastattn.compress.quantization import quantize
     from fastattn.onnx import export, load
     from fastattn.swap import optimize, optimized, restore
     from fastattn.verification import VerificationError, verify
@@ -23,12 +25,15 @@ _PUBLIC = {
     "BackendError": "fastattn.backend",
     "VerificationError": "fastattn.verification",
     "benchmark": "fastattn.bench",
+    "compress": "fastattn.compress",
     "export": "fastattn.onnx",
     "layers": "fastattn.layers",
     "load": "fastattn.onnx",
     "ops": "fastattn.ops",
     "optimize": "fastattn.swap",
     "optimized": "fastattn.swap",
+    "prune": "fastattn.compress.pruning",
+    "quantize": "fastattn.compress.quantization",
     "restore": "fastattn.swap",
     "set_backend": "fastattn.backend",
     "verify": "fastattn.verification",
@@ -39,12 +44,15 @@ __all__ = [
     "VerificationError",
     "__version__",
     "benchmark",
+    "compress",
     "export",
     "layers",
     "load",
     "ops",
     "optimize",
     "optimized",
+    "prune",
+    "quantize",
     "restore",
     "set_backend",
     "verify",

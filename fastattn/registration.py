@@ -1,4 +1,5 @@
-"""Registers `attn_implementation="fastattn"` with transformers: at once if it is loaded, else when it is.
+"""Registers `attn_implementation="fastattn"` and the quantization method "fastattn" with transformers: at
+once if it is loaded, else when it is.
 
 Standard library only: `import fastattn` loads neither torch nor transformers.
 """
@@ -16,8 +17,14 @@ from typing import Any
 
 __all__ = ["register_with_transformers"]
 
-# Defines the registry of attention functions; every model's module imports it.
+# Defines the registry of attention functions, after that of quantizers; every model's module imports it.
 _REGISTRY = "transformers.modeling_utils"
+
+# What is registered -> the module that does so when imported.
+_REGISTERED = {
+    'attn_implementation="fastattn"': "fastattn.models.interface",
+    'quantization method "fastattn"': "fastattn.compress.quantization.transformers_quantizer",
+}
 
 
 def register_with_transformers() -> None:
@@ -29,12 +36,11 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    try:
-        importlib.import_module("fastattn.models.interface")
-    except Exception as error:  # whatever is wrong with ours, transformers must still load
-        warnings.warn(
-            f'attn_implementation="fastattn" is not available: {type(error).__name__}: {error}', stacklevel=2
-        )
+    for what, module in _REGISTERED.items():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever is wrong with ours, transformers must still load
+            warnings.warn(f"{what} is not available: {type(error).__name__}: {error}", stacklevel=2)
 
 
 class _Watcher(MetaPathFinder):

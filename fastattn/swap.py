@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastattn.layers import FusedLayer
+from fastattn.layers import FusedLayer, QuantizedLinear
 from fastattn.models.drift import unknown
 from fastattn.models.family import Family, Site, families_in, known_families
 from fastattn.models.links import link_layers, unlink
@@ -27,12 +27,22 @@ from fastattn.tuning.cache import cache_file, stored
 if TYPE_CHECKING:
     from fastattn.tuning.outcome import Tuning
 
-__all__ = ["SiteReport", "SwapReport", "is_swapped", "optimize", "optimized", "plan", "restore"]
+__all__ = [
+    "SiteReport",
+    "SwapReport",
+    "check_model",
+    "is_swapped",
+    "optimize",
+    "optimized",
+    "plan",
+    "restore",
+    "unfuse",
+]
 
 MODES = ("auto", "inference", "training")
 
 # Instance attributes of swapped modules; `restore` takes them away again.
-_ORIGINAL_CONFIG = "_fastattn_original_config"
+ORIGINAL_CONFIG = "_fastattn_original_config"
 _PADDING = "fastattn_padding"
 _THRESHOLD = "fastattn_threshold"
 
@@ -154,19 +164,34 @@ def _tuning(model: nn.Module) -> Tuning | None:
 
 
 def restore(model: nn.Module) -> None:
-    """Put back the classes and the config object `model` had before `optimize`; a model never swapped is left
-    alone.
+    """Put back the classes and the config object `model` had before `optimize`, and the float layers it had
+    before `quantize(keep_original=True)`; a model never changed is left alone.
 
     Settings changed on the model's config in between are carried over to the original config object.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`, or is compiled or scripted.
+        ValueError: its float layers were not kept, or it was loaded quantized: the message says what to load
+            again, and nothing has changed.
     """
-    _check_module(model)
+    check_model(model)
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        from fastattn.compress.quantization.originals import put_back
+
+        put_back(model)
+    unfuse(model)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Put back the classes and the config object `model` had before `optimize`; quantized layers stay."""
     for module in model.modules():
         _restore_module(module)
 
 
 @contextmanager
 def optimized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
-    """`optimize(model, **options)` for the duration of a `with` statement; a model already swapped stays so.
+    """`optimize(model, **options)` for the duration of a `with` statement: what was swapped before stays so,
+    and so does what `quantize` did before or within.
 
     Example:
         >>> import fastattn, transformers
@@ -179,13 +204,18 @@ def optimized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
         >>> type(model.encoder).__module__
         'transformers.models.bert.modeling_bert'
     """
-    before = is_swapped(model)
+    before = {id(module) for module in model.modules() if _is_changed(module)}
     optimize(model, **options)
     try:
         yield model
     finally:
-        if not before:
-            restore(model)
+        for module in model.modules():
+            if id(module) not in before:
+                _restore_module(module)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    return isinstance(module, FusedLayer) or ORIGINAL_CONFIG in module.__dict__
 
 
 def is_swapped(model: nn.Module) -> bool:
@@ -193,7 +223,8 @@ def is_swapped(model: nn.Module) -> bool:
     return any(isinstance(module, FusedLayer) for module in model.modules())
 
 
-def _check_module(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Raise TypeError, with the way out, unless the layers of `model` can be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is accepted")
     if isinstance(model, torch.jit.ScriptModule):
@@ -215,7 +246,7 @@ def _check_module(model: Any) -> None:
 
 
 def _plan(model: nn.Module, exclude: tuple[str, ...]) -> _Plan:
-    _check_module(model)
+    check_model(model)
     families = families_in(model)
     names = {name: module for name, module in model.named_modules()}
     for pattern in exclude:
@@ -341,7 +372,7 @@ def _apply(
         for module in model.modules():
             if module.__dict__.get("config") is config:
                 changed.append(module)
-                module.__dict__[_ORIGINAL_CONFIG] = config
+                module.__dict__[ORIGINAL_CONFIG] = config
                 module.__dict__["config"] = replacement
     for module, site in planned.swaps:
         if type(module) is not site.replacement:
@@ -355,12 +386,12 @@ def _apply(
 
 
 def _restore_module(module: nn.Module) -> None:
-    if isinstance(module, FusedLayer):
+    if isinstance(module, FusedLayer) and not module.must_stay:
         module.__dict__.pop(_PADDING, None)
         module.__dict__.pop(_THRESHOLD, None)
         unlink(module)
         module.__class__ = module.fastattn_original  # type: ignore[assignment]
-    original = module.__dict__.pop(_ORIGINAL_CONFIG, None)
+    original = module.__dict__.pop(ORIGINAL_CONFIG, None)
     if original is not None:
         changed = module.__dict__["config"]
         for name, value in changed.__dict__.items():

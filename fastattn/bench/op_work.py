@@ -218,6 +218,7 @@ _FLOP: dict[str, Callable[[Named, Any], float]] = {
     "fastattn::varlen_attention": _varlen_attention,
     "fastattn::decode_attention": _decode_attention,
     "fastattn::packed_linear": _packed_linear,
+    "fastattn::quantized_linear": _linear("x"),
     "mkldnn::_linear_pointwise": _linear("X"),
     "mkl::_mkl_linear": _linear("X"),
     "aten::mkldnn_linear": _linear("self"),

@@ -12,9 +12,10 @@
         ],
     ).write("report.html")
 
-Plots are in report_bars.py (one row a contender) and report_lines.py (two axes); report_sections.py makes
-sections out of results. Every string is escaped. `Report.html()` gives the page as a string. A page follows
-the reader's light or dark setting, and its security policy forbids every request, so it cannot load anything.
+Plots are in report_bars.py (one row a contender), report_lines.py and report_scatter.py (two axes);
+report_sections.py makes sections out of results. Every string is escaped. `Report.html()` gives the page as a
+string. A page follows the reader's light or dark setting, and its security policy forbids every request, so
+it cannot load anything.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fastattn.bench.files import write_text
 from fastattn.bench.report_bars import Bar, BarsPlot, Fall, Point, RatioPlot, TimePlot, Waterfall
 from fastattn.bench.report_lines import Line, LinePlot, Roof, RooflinePlot, RoofOp
 from fastattn.bench.report_page import PAGE
+from fastattn.bench.report_scatter import Spot, SpotPlot
 
 __all__ = [
     "Bar",
@@ -47,6 +49,8 @@ __all__ = [
     "RoofOp",
     "RooflinePlot",
     "Section",
+    "Spot",
+    "SpotPlot",
     "Table",
     "Text",
     "TimePlot",
@@ -102,7 +106,7 @@ class Environment:
     heading: str = "Environment"
 
 
-Plot = TimePlot | RatioPlot | BarsPlot | Waterfall | LinePlot | RooflinePlot
+Plot = TimePlot | RatioPlot | BarsPlot | Waterfall | LinePlot | RooflinePlot | SpotPlot
 Section = Text | Table | Environment | Plot
 
 

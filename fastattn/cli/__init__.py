@@ -11,7 +11,7 @@ import fastattn
 
 __all__ = ["UserError", "main", "run_verb"]
 
-VERBS = ("demo", "inspect", "verify", "bench", "tune", "export", "env")
+VERBS = ("demo", "inspect", "verify", "bench", "tune", "export", "quantize", "prune", "compress", "env")
 
 
 class UserError(Exception):

@@ -5,16 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-from fastattn.cli import UserError
 
 HELP = "export a model to ONNX, fused and padding-free, and verify the file in ONNX Runtime"
-
-# Texts of a batch for calibration.
-_BATCH = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import fastattn
     from fastattn.cli.models import load_model_or_sentence_transformer
+    from fastattn.cli.texts import text_batches, text_lines
 
-    calibration = None if args.calibration is None else _lines(args.calibration)
+    texts = None if args.calibration is None else text_lines("--calibration", args.calibration)
     model, tokenizer = load_model_or_sentence_transformer(args.model)
     reference = None
     if args.reference is not None:
@@ -78,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=tokenizer,
             layouts=args.layouts,
             verify=not args.no_verify,
-            calibration=None if calibration is None else list(_batches(calibration, tokenizer)),
+            calibration=None if texts is None else list(text_batches("--calibration", texts, tokenizer)),
             reference=reference,
         )
     except fastattn.VerificationError as error:
@@ -86,29 +79,3 @@ def run(args: argparse.Namespace) -> int:
         return 1
     print(json.dumps(result.to_dict(), indent=2) if args.json else result.table())
     return 0
-
-
-def _lines(file: str) -> list[str]:
-    """The texts of a file.
-
-    Raises:
-        UserError: it cannot be read, or holds none.
-    """
-    try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--calibration {file} cannot be read: {error}") from error
-    texts = [line for line in lines if line]
-    if not texts:
-        raise UserError(f"--calibration {file} holds no text; one a line is read")
-    return texts
-
-
-def _batches(texts: list[str], tokenizer: Any) -> Iterator[dict[str, Any]]:
-    if tokenizer is None:
-        raise UserError(
-            "--calibration needs the model's tokenizer, and it has none; call fastattn.export instead"
-        )
-    for start in range(0, len(texts), _BATCH):
-        batch = tokenizer(texts[start : start + _BATCH], padding=True, truncation=True, return_tensors="pt")
-        yield dict(batch)

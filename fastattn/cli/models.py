@@ -58,9 +58,15 @@ def load_model(name: str) -> tuple[Any, Any]:
     folder = _folder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        architecture = (getattr(config, "architectures", None) or [""])[0]
-        model_class = getattr(transformers, architecture, transformers.AutoModel)
-        model = model_class.from_pretrained(folder)
+        if getattr(config, "fastattn_pruning", None) and Path(folder).is_dir():
+            # Its shapes are its own.
+            from fastattn.compress.pruning.saved import load_pruned
+
+            model = load_pruned(folder)
+        else:
+            architecture = (getattr(config, "architectures", None) or [""])[0]
+            model_class = getattr(transformers, architecture, transformers.AutoModel)
+            model = model_class.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{name!r} cannot be loaded: {_first_line(error)}") from error
     return model.eval(), _load_preprocessor(transformers, folder, model)

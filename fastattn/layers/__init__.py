@@ -16,6 +16,7 @@ from fastattn.layers.fused import (
 )
 from fastattn.layers.gated import FusedGatedMLP, gated
 from fastattn.layers.plain import is_observed, is_plain, modules_below
+from fastattn.layers.quantized_linear import QuantizedLinear
 from fastattn.layers.residual import PlainStream, ResidualLayer, ResidualStream, add_norm
 from fastattn.layers.rms_norm import FusedRMSNorm
 
@@ -30,6 +31,7 @@ __all__ = [
     "FusedResidualNorm",
     "MultiheadAttention",
     "PlainStream",
+    "QuantizedLinear",
     "ResidualLayer",
     "ResidualStream",
     "TransformerDecoder",

@@ -10,6 +10,8 @@ from torch.nn.functional import dropout, linear
 
 from fastattn import ops
 from fastattn.layers.fused import FusedLayer
+from fastattn.layers.plain import is_plain
+from fastattn.layers.quantized_linear import QuantizedLinear
 from fastattn.layers.visibility import Visibility
 from fastattn.ops.attention_cpu import attend_sequences
 from fastattn.ops.attention_reference import attention_weights
@@ -52,6 +54,19 @@ class MultiheadAttention(TorchLayer, nn.MultiheadAttention):
     """
 
     fastattn_original = nn.MultiheadAttention
+
+    # `fastattn.quantize` puts a layer in the place of `in_proj_weight` and `in_proj_bias`, or one each in
+    # that of the three weights.
+    in_proj: nn.Module
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+
+    @property
+    def must_stay(self) -> bool:
+        quantized = "in_proj" in self._modules or "q_proj" in self._modules
+        pruned = self.num_heads * self.head_dim != self.embed_dim
+        return quantized or pruned or isinstance(self.out_proj, QuantizedLinear)
 
     def forward(
         self,
@@ -118,9 +133,11 @@ class MultiheadAttention(TorchLayer, nn.MultiheadAttention):
         return _join_heads(out, batch_first)
 
     def output(self, joined: Tensor) -> Tensor:
-        """The output projection; read, as torch.nn does, and called only where it is no linear layer."""
+        """The output projection; read, as torch.nn does, and called only where it is no linear layer of
+        floats.
+        """
         projection = self.out_proj
-        if isinstance(projection, nn.Linear):
+        if isinstance(projection, nn.Linear) and not isinstance(projection, QuantizedLinear):
             return linear(joined, projection.weight, projection.bias)
         called: Tensor = projection(joined)
         return called
@@ -143,7 +160,10 @@ class MultiheadAttention(TorchLayer, nn.MultiheadAttention):
 
     def _attended_packed(self, x: Tensor, packing: Packing, causal: bool) -> Tensor:
         """[1, T, E] -> [1, T, E], every sequence for itself."""
-        projected = _projected(x[0], self.in_proj_weight, self.in_proj_bias, 3)
+        if self.in_proj_weight is None:
+            projected = self._parts(x[0], 0, 3)
+        else:
+            projected = _projected(x[0], self.in_proj_weight, self.in_proj_bias, 3)
         q, k, v = (part.unflatten(1, (self.num_heads, self.head_dim)) for part in projected)
         k, v = packing.keys(k), packing.keys(v)
         if packing.bounds is not None and self._dropout_p == 0.0 and runs_in_pytorch(q):
@@ -181,7 +201,16 @@ class MultiheadAttention(TorchLayer, nn.MultiheadAttention):
         return q, k, v, extra
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        weight, bias, size = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        # A pruned layer's heads are together narrower than what goes in.
+        weight, bias, size = self.in_proj_weight, self.in_proj_bias, self.num_heads * self.head_dim
+        if "q_proj" in self._modules:
+            return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if "in_proj" in self._modules:
+            if query is key and key is value:
+                return tuple(self._parts(query, 0, 3))
+            if key is value:
+                return *self._parts(query, 0, 1), *self._parts(key, 1, 2)
+            return tuple(self._parts(x, index, 1)[0] for index, x in enumerate((query, key, value)))
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None, None, None) if bias is None else bias.chunk(3)
@@ -196,6 +225,17 @@ class MultiheadAttention(TorchLayer, nn.MultiheadAttention):
         biases = (None, None) if rest is None else rest.chunk(2)
         k, v = (linear(x, w, b) for x, w, b in zip((key, value), weight[size:].chunk(2), biases, strict=True))
         return q, k, v
+
+    def _parts(self, x: Tensor, first: int, parts: int) -> list[Tensor]:
+        """`parts` of the three projections of the layer `in_proj`, from `first` on."""
+        joint, size = self.in_proj, self.num_heads * self.head_dim
+        if parts == 3 or not is_plain(joint, QuantizedLinear):
+            return list(joint(x).chunk(3, dim=-1)[first : first + parts])
+        assert isinstance(joint, QuantizedLinear)
+        rows = slice(first * size, (first + parts) * size)
+        bias = None if joint.bias is None else joint.bias[rows]
+        product = ops.quantized_linear(x, joint.packed_rows(rows), bias)
+        return list(product.chunk(parts, dim=-1))
 
     def _split_heads(self, x: Tensor, batch_first: bool) -> Tensor:
         x = x.unflatten(-1, (self.num_heads, self.head_dim))

@@ -118,7 +118,7 @@ class TransformerEncoderLayer(TorchLayer, nn.TransformerEncoderLayer):
     def cannot_pack(self) -> str | None:
         """Why the layer needs its batch padded; None where every part of it treats tokens one by one."""
         attention: Any = self.self_attn
-        if not is_direct(attention) or not attention._qkv_same_embed_dim:
+        if not is_direct(attention) or _projects_apart(attention):
             return f"a layer's attention is a {type(attention).__name__} that is called with padded tensors"
         if attention.bias_k is not None or attention.add_zero_attn:
             return "a layer's attention adds keys to every sequence"
@@ -279,6 +279,11 @@ class TransformerEncoder(TorchLayer, nn.TransformerEncoder):
     def _refuse_padding(self, reason: str, padding: Tensor | None) -> None:
         if self.fastattn_padding == "packed" and padding is not None:
             raise PackingError(f'padding="packed" cannot be kept in this call: {reason}; use padding="auto"')
+
+
+def _projects_apart(attention: Any) -> bool:
+    """Whether query, key and value may have widths of their own, and so a weight or layer each."""
+    return attention.q_proj_weight is not None or "q_proj" in attention._modules
 
 
 def is_token_wise(norm: nn.Module) -> bool:

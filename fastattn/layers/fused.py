@@ -16,6 +16,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 from fastattn import ops
 from fastattn.layers.onednn import onednn_linear
 from fastattn.layers.plain import is_observed, is_plain
+from fastattn.layers.quantized_linear import QuantizedLinear
 from fastattn.ops.registration import runs_in_pytorch
 
 __all__ = [
@@ -69,6 +70,13 @@ class FusedLayer(nn.Module):
         """Why this instance cannot be swapped; None where it can."""
         return None
 
+    @property
+    def must_stay(self) -> bool:
+        """Whether the original could not run what this layer now holds: quantized or pruned weights that it
+        reads itself.
+        """
+        return False
+
 
 class FusedResidualNorm(FusedLayer):
     """norm(residual + dropout(dense(x))) in one fused operation after the matrix product."""
@@ -94,8 +102,10 @@ def dense_add_norm(
         return result
     assert isinstance(dropout, nn.Dropout) and isinstance(norm, nn.LayerNorm)
     dropout_p = dropout.p if dropout.training else 0.0
-    in_place = dropout_p == 0.0 and is_plain(dense, nn.Linear) and runs_in_pytorch(x)
-    if in_place:
+    # A plain layer's product is new, and nobody else has it.
+    plain = is_plain(dense, nn.Linear)
+    in_place = dropout_p == 0.0 and (plain or is_plain(dense, QuantizedLinear)) and runs_in_pytorch(x)
+    if in_place and plain:
         assert isinstance(dense, nn.Linear)
         total = onednn_linear(x, dense, residual=residual)
         if total is not None:
@@ -144,8 +154,13 @@ def _is_conv1d(dense: Any) -> bool:
     )
 
 
+# What `ops.quantized_linear` calls the GELUs of `approximation_of`.
+_EPILOGUES = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
 def activated_linear(x: Tensor, dense: nn.Module, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """`activation(dense(x))`; one operation after the product where the activation is a GELU.
+    """`activation(dense(x))`; one operation after the product, or one with it, where the activation is a
+    GELU.
 
     Args:
         x: [..., K].
@@ -155,6 +170,9 @@ def activated_linear(x: Tensor, dense: nn.Module, activation: Callable[[Tensor],
     approximate = approximation_of(activation)
     if approximate is None or (isinstance(activation, nn.Module) and is_observed(activation)):
         return activation(project(x, [dense])[0])
+    if is_plain(dense, QuantizedLinear):
+        quantized: Tensor = dense(x, _EPILOGUES[approximate])
+        return quantized
     if _is_conv1d(dense):
         if not runs_in_pytorch(x):
             return ops.bias_gelu(x @ dense.weight, dense.bias, approximate)  # type: ignore[arg-type,operator]

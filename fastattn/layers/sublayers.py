@@ -21,6 +21,7 @@ from fastattn.layers.attention import MultiheadAttention
 from fastattn.layers.fused import activated_linear, project
 from fastattn.layers.onednn import onednn_linear
 from fastattn.layers.plain import is_observed, is_plain
+from fastattn.layers.quantized_linear import QuantizedLinear
 from fastattn.layers.residual import add_norm
 from fastattn.layers.visibility import Visibility
 from fastattn.ops.registration import runs_in_pytorch
@@ -53,7 +54,9 @@ def add_attention(
         return _add(total, attended, dropout)
     batch_first = attention.batch_first or visibility.packing is not None
     joined = attention.attended(x, memory, memory, visibility, batch_first)
-    if type(attention.out_proj) is NonDynamicallyQuantizableLinear:
+    if type(attention.out_proj) is NonDynamicallyQuantizableLinear or is_plain(
+        attention.out_proj, QuantizedLinear
+    ):
         return _add_product(total, joined, attention.out_proj, dropout)
     return _add(total, attention.output(joined), dropout)
 
@@ -69,7 +72,7 @@ def add_feed_forward(
 ) -> tuple[Tensor, Pending]:
     """`total + dropout(second(inner_dropout(activation(first(x)))))`."""
     hidden: Tensor = inner_dropout(_activated(x, first, activation))
-    if is_plain(second, nn.Linear):
+    if is_plain(second, nn.Linear) or is_plain(second, QuantizedLinear):
         return _add_product(total, hidden, second, dropout)  # type: ignore[arg-type]
     return _add(total, second(hidden), dropout)
 
@@ -93,6 +96,9 @@ def settled(total: Tensor, pending: Pending) -> Tensor:
 def _activated(x: Tensor, dense: nn.Module, activation: Callable[[Tensor], Tensor]) -> Tensor:
     if activation is not relu and not is_plain(activation, nn.ReLU):
         return activated_linear(x, dense, activation)
+    if is_plain(dense, QuantizedLinear):
+        quantized: Tensor = dense(x, "relu")
+        return quantized
     (product,) = project(x, [dense])
     if is_plain(dense, nn.Linear) and not product.requires_grad and runs_in_pytorch(product):
         return product.relu_()
@@ -111,16 +117,23 @@ def _add(total: Tensor, added: Tensor, dropout: nn.Module) -> tuple[Tensor, Pend
 
 
 def _add_product(total: Tensor, x: Tensor, dense: nn.Linear, dropout: nn.Module) -> tuple[Tensor, Pending]:
-    """`total + dropout(dense(x))`, with `dense` read."""
+    """`total + dropout(dense(x))`, with `dense` read where its weight is not quantized."""
     drops = not is_plain(dropout, nn.Dropout) or (dropout.training and dropout.p)
     if drops or not runs_in_pytorch(x):
-        return _add(total, linear(x, dense.weight, dense.bias), dropout)
-    fused = onednn_linear(x, dense, residual=total)
+        return _add(total, _product(x, dense), dropout)
+    fused = None if isinstance(dense, QuantizedLinear) else onednn_linear(x, dense, residual=total)
     if fused is not None:
         return fused, None
-    product = linear(x, dense.weight, dense.bias)
+    product = _product(x, dense)
     if product.dtype != total.dtype or (
         torch.is_grad_enabled() and (product.requires_grad or total.requires_grad)
     ):
         return total + product, None
     return product.add_(total), None
+
+
+def _product(x: Tensor, dense: nn.Linear) -> Tensor:
+    if isinstance(dense, QuantizedLinear):
+        called: Tensor = dense(x)
+        return called
+    return linear(x, dense.weight, dense.bias)

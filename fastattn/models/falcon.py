@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from transformers.models.falcon import modeling_falcon
 
 from fastattn import ops
-from fastattn.layers import FusedLayer, ResidualLayer
+from fastattn.layers import FusedLayer, QuantizedLinear, ResidualLayer, activated_linear
 from fastattn.layers.fused import approximation_of
 from fastattn.layers.plain import is_observed, is_plain
 from fastattn.models.family import Family, Site
@@ -119,6 +119,8 @@ class FalconMLP(FusedLayer, modeling_falcon.FalconMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         expand, approximate = self.dense_h_to_4h, approximation_of(self.act)
+        if isinstance(expand, QuantizedLinear):
+            return self.dense_4h_to_h(activated_linear(x, expand, self.act))
         if approximate is None or is_observed(self.act) or not is_plain(expand, modeling_falcon.FalconLinear):
             return self.dense_4h_to_h(self.act(expand(x)))
         if runs_in_pytorch(x):

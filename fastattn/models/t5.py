@@ -87,7 +87,7 @@ class T5DenseGatedActDense(FusedLayer, modeling_t5.T5DenseGatedActDense):
         gate, up = project(hidden_states, [self.wi_0, self.wi_1])
         product = self.dropout(gated(gate, up, self.act))
         weight = self.wo.weight
-        # The last layer may be kept in float32, or be int8 and take any dtype.
+        # The last layer may be kept in float32, or be quantized (its bytes int8) and take any dtype.
         if isinstance(weight, Tensor) and weight.dtype not in (product.dtype, torch.int8):
             product = product.to(weight.dtype)
         return project(product, [self.wo])[0]

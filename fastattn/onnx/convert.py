@@ -156,6 +156,11 @@ def _refuse_what_has_no_graph(program: Any) -> None:
                 f"fastattn::{name} is traced with dropout_p={arguments['dropout_p']}: dropout cannot be "
                 "exported; put the model in eval mode, or pass dropout_p=0.0"
             )
+        if name == "quantized_linear" and arguments["scheme"] == "fp8":
+            raise ValueError(
+                "fastattn::quantized_linear with float8 weights has no operator that runtimes run; quantize "
+                "with 'int8', 'int8-weight' or 'int4-weight', or export the model as it was before"
+            )
         if name == "rotary" and arguments["query"].meta["val"].dtype == torch.float64:
             raise ValueError(
                 "fastattn::rotary is traced in float64, and ONNX Runtime's operator computes in float32; "

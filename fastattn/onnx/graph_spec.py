@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["KINDS", "GraphSpec", "Source"]
+__all__ = ["KINDS", "GraphSpec", "Source", "one_or_list"]
 
 KINDS = ("encoder", "vision", "decoder", "encoder-decoder", "module")
 
@@ -92,3 +92,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; it must be one of {KINDS}")
+
+
+def one_or_list(sizes: list[int]) -> int | list[int]:
+    """The size every layer has, or each layer's where they differ: as `Source.cache` has them."""
+    return sizes[0] if len(set(sizes)) == 1 else sizes

@@ -11,7 +11,7 @@ from fastattn.onnx.dense_attention import MASKED_SCORE
 from fastattn.onnx.graph import CONTRIB_DOMAIN, FUSED_DTYPES, cast, computing_dtype, emit, number, vector
 from fastattn.onnx.targets import current_target
 
-__all__ = ["bias_gelu", "gated_activation", "rotary", "softmax"]
+__all__ = ["bias_gelu", "gated_activation", "gelu", "rotary", "softmax"]
 
 
 def bias_gelu(x: Any, bias: Any, approximate: str) -> Any:
@@ -22,17 +22,17 @@ def bias_gelu(x: Any, bias: Any, approximate: str) -> Any:
     """
     if current_target().bias_gelu and x.dtype in FUSED_DTYPES:
         return emit("FastGelu" if approximate == "tanh" else "BiasGelu", [x, bias], CONTRIB_DOMAIN)
-    return _gelu(op.Add(x, bias), x.dtype, approximate)
+    return gelu(op.Add(x, bias), x.dtype, approximate)
 
 
 def gated_activation(gate: Any, up: Any, kind: str) -> Any:
     """`fastattn::gated_activation`. ONNX Runtime joins x * sigmoid(x) to one pass when it loads the model."""
     if kind == "silu":
         return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
-    return op.Mul(_gelu(gate, gate.dtype, "tanh" if kind == "gelu_tanh" else "none"), up)
+    return op.Mul(gelu(gate, gate.dtype, "tanh" if kind == "gelu_tanh" else "none"), up)
 
 
-def _gelu(x: Any, dtype: Any, approximate: str) -> Any:
+def gelu(x: Any, dtype: Any, approximate: str) -> Any:
     """The tanh form is the contrib FastGelu where there is one: never slower than Gelu's own."""
     if approximate == "tanh" and dtype in FUSED_DTYPES and current_target().contrib:
         return emit("FastGelu", [x], CONTRIB_DOMAIN)

@@ -14,6 +14,8 @@ import onnx_ir as ir
 from onnx_ir.passes import Sequential, common
 from onnxscript.optimizer import fold_constants
 
+from fastattn.onnx.quantized_translation import settle_zero_points
+
 __all__ = ["REWRITES", "rewrite"]
 
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
@@ -165,4 +167,10 @@ def _redirect(node: Any, value: Any) -> None:
     node.graph.remove(node, safe=True)
 
 
-REWRITES: tuple[Callable[[Any], int], ...] = (cancel_transposes, shorten_views, join_products, fold_biases)
+REWRITES: tuple[Callable[[Any], int], ...] = (
+    cancel_transposes,
+    shorten_views,
+    join_products,
+    fold_biases,
+    settle_zero_points,
+)

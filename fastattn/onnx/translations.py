@@ -28,6 +28,7 @@ from fastattn.onnx.norm_translations import (
     rms_norm,
 )
 from fastattn.onnx.pointwise_translations import bias_gelu, gated_activation, rotary, softmax
+from fastattn.onnx.quantized_translation import quantized_linear
 
 __all__ = ["TRANSLATIONS"]
 
@@ -49,6 +50,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.fastattn.gated_activation.default: gated_activation,
     torch.ops.fastattn.rotary.default: rotary,
     torch.ops.fastattn.packed_linear.default: packed_linear,
+    torch.ops.fastattn.quantized_linear.default: quantized_linear,
     torch.ops.aten.linear.default: linear,
     torch.ops.aten.select.int: select,
     torch.ops.aten.index_copy.default: index_copy,

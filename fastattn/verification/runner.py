@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.swap import is_swapped, restore
+from fastattn.swap import is_swapped, unfuse
 from fastattn.verification.cases import CASES, cases_for, cases_of_inputs, checked_inputs
 from fastattn.verification.comparison import TOLERANCE
 from fastattn.verification.locate import first_difference
@@ -169,7 +169,7 @@ def _unswapped(model: nn.Module) -> nn.Module:
             "model has no swapped layer to verify; call fastattn.optimize first, or give a reference"
         )
     reference = shared_copy(model)
-    restore(reference)
+    unfuse(reference)
     if any(_implementation(module) == "fastattn" for module in reference.modules()):
         # Loaded with attn_implementation="fastattn": there is no implementation it had before.
         set_attention: Any = getattr(reference, "set_attn_implementation", None)

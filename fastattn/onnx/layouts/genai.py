@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.onnx.graph_spec import Source
+from fastattn.onnx.graph_spec import Source, one_or_list
 from fastattn.onnx.layouts.context import LayoutContext
 from fastattn.onnx.targets import Target
 
@@ -30,6 +30,8 @@ def refusal(source: Source, target: Target) -> str | None:
     if source.kind != "decoder" or source.cache is None:
         return f"onnxruntime-genai generates with decoders, and this is an export of kind {source.kind!r}"
     sizes = {name: source.cache[name] for name in ("kv_heads", "key_dim", "value_dim")}
+    if pruned := _pruned_heads(source):
+        sizes["query_heads"] = one_or_list(pruned)
     if any(isinstance(size, list) for size in sizes.values()) or sizes["key_dim"] != sizes["value_dim"]:
         return (
             f"onnxruntime-genai has one cache shape for keys, values and all layers; this model has {sizes}"
@@ -37,11 +39,18 @@ def refusal(source: Source, target: Target) -> str | None:
     return None
 
 
+def _pruned_heads(source: Source) -> list[int]:
+    """The query heads of every layer of a pruned model, of which the configuration has no one number."""
+    shapes = getattr(source.config, "fastattn_pruning", None) or {"attention": {}}
+    return [each["heads"] for each in shapes["attention"].values()]
+
+
 def write(context: LayoutContext) -> None:
     source, graph = context.source, context.manifest["graphs"]["model"]
     cache = source.cache
     assert cache is not None
     config = source.config.to_dict()  # type: ignore[union-attr]
+    pruned = _pruned_heads(source)
     generation = {} if source.generation_config is None else source.generation_config.to_dict()
     names = {each["name"] for each in graph["inputs"]}
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
@@ -60,7 +69,9 @@ def write(context: LayoutContext) -> None:
             "filename": graph["file"],
             "head_size": cache["key_dim"],
             "hidden_size": source.config.hidden_size,  # type: ignore[union-attr]
-            "num_attention_heads": source.config.num_attention_heads,  # type: ignore[union-attr]
+            "num_attention_heads": (
+                pruned[0] if pruned else source.config.num_attention_heads  # type: ignore[union-attr]
+            ),
             "num_hidden_layers": cache["layers"],
             "num_key_value_heads": cache["kv_heads"],
             "inputs": {

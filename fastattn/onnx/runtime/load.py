@@ -74,6 +74,10 @@ def _load_pretrained(path: Path) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    if getattr(config, "fastattn_pruning", None):
+        from fastattn.compress.pruning.saved import load_pruned
+
+        return load_pruned(path)
     architecture = (config.architectures or [""])[0]
     model_class = getattr(transformers, architecture, transformers.AutoModel)
     model = model_class.from_pretrained(path, local_files_only=True, use_safetensors=True)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastattn.swap import is_swapped, optimize, restore
+from fastattn.swap import is_swapped, optimize, unfuse
 from fastattn.verification import shared_copy
 
 __all__ = ["fused_and_reference", "is_custom"]
 
 
 def fused_and_reference(model: nn.Module, *, must_swap: bool = True) -> tuple[nn.Module, nn.Module]:
-    """Swapped and as it was before any swap, both in eval mode, on the CPU in float32; they share the model's
-    parameters where those are that already.
+    """Swapped and as it was before any swap (quantized, if it is), both in eval mode, on the CPU in float32;
+    they share the model's parameters where those are that already.
 
     Args:
         model: swapped or not; a swapped one is copied as it is (with its `padding`, say).
@@ -26,7 +26,7 @@ def fused_and_reference(model: nn.Module, *, must_swap: bool = True) -> tuple[nn
         ValueError: parameters on the meta device, or nothing to swap.
     """
     reference, fused = _private_copy(model), _private_copy(model)
-    restore(reference)
+    unfuse(reference)
     config: Any = getattr(reference, "config", None)
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         # transformers' SDPA leaves the cap out, and its older versions choose it for Gemma 2 all the same.

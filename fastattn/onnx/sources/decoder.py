@@ -14,7 +14,7 @@ from fastattn.models.dispatch import family_reason
 from fastattn.onnx.cached_attention import fusable, lower_appends
 from fastattn.onnx.decoder_rewrites import rewrite_decoder
 from fastattn.onnx.fusions import FusionError
-from fastattn.onnx.graph_spec import GraphSpec, Source
+from fastattn.onnx.graph_spec import GraphSpec, Source, one_or_list
 from fastattn.onnx.last_positions import LOGITS_TO_KEEP, give_default, keep_last_positions
 from fastattn.onnx.rotary_rewrite import written_out
 from fastattn.onnx.sources.copies import fused_and_reference
@@ -93,9 +93,9 @@ def prepare(model: nn.Module, task: str | None, example_inputs: Mapping[str, Ten
         (spec,),
         cache={
             "layers": layers,
-            "kv_heads": _one_or_list([key.shape[1] for key, _ in shapes]),
-            "key_dim": _one_or_list([key.shape[3] for key, _ in shapes]),
-            "value_dim": _one_or_list([value.shape[3] for _, value in shapes]),
+            "kv_heads": one_or_list([key.shape[1] for key, _ in shapes]),
+            "key_dim": one_or_list([key.shape[3] for key, _ in shapes]),
+            "value_dim": one_or_list([value.shape[3] for _, value in shapes]),
         },
         generation_config=getattr(model, "generation_config", None),
     )
@@ -231,10 +231,6 @@ def _longest(model: nn.Module) -> int | None:
     config: Any = model.config
     longest = getattr(config, "max_position_embeddings", None)
     return None if longest is None else int(longest)
-
-
-def _one_or_list(sizes: list[int]) -> int | list[int]:
-    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 def _finish(model: ir.Model, fusable: int) -> dict[str, int]:

@@ -23,6 +23,7 @@ __all__ = [
     "DecodingStep",
     "EncoderPass",
     "cross_attentions",
+    "past_heads",
     "without_causal_masks",
 ]
 
@@ -53,6 +54,14 @@ def cross_attentions(model: Any) -> list[CrossAttention]:
         return [CrossAttention(each.k, each.v, each.n_heads, each.key_value_proj_dim) for each in modules]
     modules = [layer.encoder_attn for layer in decoder.layers]
     return [CrossAttention(each.k_proj, each.v_proj, each.num_heads, each.head_dim) for each in modules]
+
+
+def past_heads(model: Any) -> list[int]:
+    """How many heads the cache of every decoder layer's own tokens has: pruned layers differ."""
+    decoder = model.get_decoder()
+    if hasattr(decoder, "block"):
+        return [block.layer[0].SelfAttention.n_heads for block in decoder.block]
+    return [layer.self_attn.num_heads for layer in decoder.layers]
 
 
 class EncoderPass(nn.Module):

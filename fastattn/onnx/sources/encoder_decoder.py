@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from fastattn.onnx.cached_attention import lower_appends
 from fastattn.onnx.cross_cache import move_into_branches
 from fastattn.onnx.fusions import check_promised
-from fastattn.onnx.graph_spec import GraphSpec, Source
+from fastattn.onnx.graph_spec import GraphSpec, Source, one_or_list
 from fastattn.onnx.last_positions import LOGITS_TO_KEEP, give_default
 from fastattn.onnx.row_rewrites import compute_in_rows
 from fastattn.onnx.sources.copies import fused_and_reference
-from fastattn.onnx.sources.decoding_step import CrossAttention, DecodingStep, EncoderPass, cross_attentions
+from fastattn.onnx.sources.decoding_step import (
+    CrossAttention,
+    DecodingStep,
+    EncoderPass,
+    cross_attentions,
+    past_heads,
+)
 from fastattn.onnx.sources.tasks import infer_task
 from fastattn.onnx.sources.whole_encoder_decoder import whole_pass
 from fastattn.onnx.targets import current_target
@@ -115,13 +121,16 @@ def _decoder(fused: Any, config: Any, speech: bool) -> GraphSpec:
     inputs["encoder_hidden_states"] = torch.zeros(_BATCH, _CROSS, width)
     dimensions["encoder_hidden_states"] = ("batch_size", "encoder_sequence", width)
     outputs = ["logits"]
-    lengths = {"decoder": ("past_sequence", _PAST), "encoder": ("encoder_sequence_out", _SOURCE)}
-    for index, layer in enumerate(layers):
-        for side, (name, length) in lengths.items():
+    for index, (layer, own_heads) in enumerate(zip(layers, past_heads(fused), strict=True)):
+        sides = {
+            "decoder": (own_heads, "past_sequence", _PAST),
+            "encoder": (layer.heads, "encoder_sequence_out", _SOURCE),
+        }
+        for side, (heads, name, length) in sides.items():
             for kind in ("key", "value"):
                 cached = f"{index}.{side}.{kind}"
-                inputs[f"past_key_values.{cached}"] = torch.zeros(_BATCH, layer.heads, length, layer.head_dim)
-                dimensions[f"past_key_values.{cached}"] = ("batch_size", layer.heads, name, layer.head_dim)
+                inputs[f"past_key_values.{cached}"] = torch.zeros(_BATCH, heads, length, layer.head_dim)
+                dimensions[f"past_key_values.{cached}"] = ("batch_size", heads, name, layer.head_dim)
                 outputs.append(f"present.{cached}")
     inputs["use_cache_branch"] = torch.tensor([True])
     dimensions["use_cache_branch"] = (1,)
@@ -164,8 +173,8 @@ def _cache(fused: nn.Module) -> dict[str, Any]:
     first = layers[0]
     return {
         "layers": len(layers),
-        "kv_heads": first.heads,
-        "cross_heads": first.heads,
+        "kv_heads": one_or_list(past_heads(fused)),
+        "cross_heads": one_or_list([layer.heads for layer in layers]),
         "key_dim": first.head_dim,
         "value_dim": first.head_dim,
     }
