@@ -22,6 +22,7 @@ from fastattn.bench.tables import markdown_table, workload_table
 
 sys.path.append(str(Path(__file__).parent))
 from figure_plots import Candle, Panel, TimeBar, draw_latency, draw_speed_ups, drawn_by, drawn_here
+from figure_quality import QUALITY, quality_lines, quality_summary
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
@@ -37,11 +38,12 @@ class StaleError(ValueError):
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """Every committed result that holds times, by file name; those of a suite first."""
+    """Every committed result that figures are made of, by file name; a suite's first, compression last."""
     documents = [load_json(path) for path in sorted(folder.glob("*.json"))]
+    order = (SUITE, FAMILIES, QUALITY)
     return sorted(
-        (each for each in documents if each.get("schema") in (SUITE, FAMILIES)),
-        key=lambda each: each["schema"] != SUITE,
+        (each for each in documents if each.get("schema") in order),
+        key=lambda each: order.index(each["schema"]),
     )
 
 
@@ -53,6 +55,7 @@ def entries(documents: Sequence[Mapping[str, Any]]) -> list[Measured]:
 def readme_block(documents: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
     """What stands between the README's markers, markers included."""
     found = entries(documents)
+    compressed = [each for each in documents if each["schema"] == QUALITY]
     lines = [BEGIN, *_machines(documents), ""]
     if has_plots:
         lines += [
@@ -72,9 +75,16 @@ def readme_block(documents: Sequence[Mapping[str, Any]], has_plots: bool) -> str
         "largest error relative to the output's scale; contenders took turns in one process. What is gained "
         "below 100% fill is padding saved; at 100% it is fusion and, in lower precision, precision. Every "
         f"contender, what was promised{others}, and the commands: [docs/figures.md](docs/figures.md).",
-        END,
     ]
-    return "\n".join(lines)
+    if compressed:
+        lines += [
+            "",
+            "Compression of models trained on real data ([docs/compress.md](docs/compress.md)): what no "
+            "other way beats in score, size and speed at once, over the untouched model in fp32.",
+            "",
+            *quality_summary(compressed),
+        ]
+    return "\n".join([*lines, END])
 
 
 def _picture(name: str, text: str) -> str:
@@ -135,7 +145,7 @@ def _machines(documents: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line a machine and set of versions, with the days it was measured on."""
     days: dict[str, set[str]] = {}
     for document in documents:
-        environment = document["environment"]
+        environment = (document.get("sweep") or document)["environment"]
         packages, cpu = environment["packages"], environment["cpu"]
         results = [run["result"] for run in document.get("runs", [])]
         device = results[0]["settings"]["device"] if results else "cpu"
@@ -155,6 +165,9 @@ def figures_page(documents: Sequence[Mapping[str, Any]], has_plots: bool) -> str
         for name, text in (("speed-ups", "Speed-ups"), ("latency", "Latency")):
             lines += [_picture(name, text).replace("docs/figures/", "figures/"), ""]
     for document in documents:
+        if document["schema"] == QUALITY:
+            lines += [*_machines([document]), "", *quality_lines(document)]
+            continue
         lines += [*_machines([document]), "", f"Reproduce with `{document['command']}`.", ""]
         if document["schema"] == FAMILIES:
             lines += [*_families(document), ""]

@@ -56,7 +56,13 @@ def record(name: str, result: SweepResult, promises: Sequence[dict[str, Any]]) -
         for each in promises
     ]
     print(format_table(("figure", "promised", "measured", "holds"), rows))
-    data = {"schema": SCHEMA, "name": name, "promises": list(promises), "sweep": result.to_dict()}
+    data = {
+        "schema": SCHEMA,
+        "name": name,
+        "command": f"python benchmarks/quality/{name.replace('-', '_')}.py --output FOLDER",
+        "promises": list(promises),
+        "sweep": result.to_dict(),
+    }
     path = write_text(RESULTS / f"quality-{name}.json", json.dumps(data, indent=1) + "\n")
     print(f"wrote {path}", file=sys.stderr)
     return 0 if all(each["holds"] for each in promises) else 1

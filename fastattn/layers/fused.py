@@ -35,7 +35,14 @@ def project(x: Tensor, projections: list[nn.Module]) -> list[Tensor]:
     """Every projection of `x`: packed where all are plain `nn.Linear`, each called where one is not.
 
     Projections of a model lie apart in memory, so that in PyTorch packing would only be three calls again.
+    Quantized ones share the rounding of `x`.
     """
+    if len(projections) > 1 and all(is_plain(each, QuantizedLinear) for each in projections):
+        return ops.quantized_linears(
+            x,
+            [each.packed for each in projections],  # type: ignore[misc]
+            [each.bias for each in projections],  # type: ignore[misc]
+        )
     if runs_in_pytorch(x):
         return [_linear(x, projection) for projection in projections]
     if all(is_plain(projection, nn.Linear) for projection in projections):

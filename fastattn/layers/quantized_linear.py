@@ -147,9 +147,10 @@ class QuantizedLinear(nn.Linear):
             input: floating point.
             activation: None, "gelu", "gelu_tanh", "relu" or "silu", applied to the product.
         """
-        return ops.quantized_linear(input, self._packed(), self.bias, activation)
+        return ops.quantized_linear(input, self.packed, self.bias, activation)
 
-    def _packed(self) -> PackedWeight:
+    @property
+    def packed(self) -> PackedWeight:
         """`packed_weight`, which takes longer to make than a token's product, made once for the same tensors.
 
         Whoever puts other tensors in place (`.to`, a loader, `functional_call`) is noticed.

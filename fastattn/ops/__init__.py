@@ -13,7 +13,7 @@ from fastattn.ops.packed_weight import (
     quantize_absmax,
     unpack_int4,
 )
-from fastattn.ops.quantized_linear import quantized_linear
+from fastattn.ops.quantized_linear import quantized_linear, quantized_linears
 from fastattn.ops.relative_bias import RelativeBias
 from fastattn.ops.rotary import rotary
 from fastattn.ops.softmax import softmax
@@ -35,6 +35,7 @@ __all__ = [
     "prepare",
     "quantize_absmax",
     "quantized_linear",
+    "quantized_linears",
     "rms_norm",
     "rotary",
     "softmax",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.ops.packed_weight import PackedWeight
-from fastattn.ops.quantized_linear_cpu import quantized_linear_cpu
+from fastattn.ops.quantized_linear_cpu import quantized_linear_cpu, quantized_linears_cpu
 from fastattn.ops.quantized_linear_reference import ACTIVATIONS, quantized_linear_reference
 from fastattn.ops.registration import register, runs_in_pytorch
 from fastattn.ops.validation import FLOAT_DTYPES, autocast, check_device, shape_of
 
-__all__ = ["quantized_linear"]
+__all__ = ["quantized_linear", "quantized_linears"]
 
 
 def quantized_linear(
@@ -81,6 +82,39 @@ def quantized_linear(
         return _compute(x, packed_weight, bias, activation)
     result: Tensor = _quantized_linear(x, *_arguments(packed_weight, bias), activation)
     return result
+
+
+def quantized_linears(
+    x: Tensor, packed_weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """`quantized_linear` of one x by several weights, the query, key and value projections say: the same
+    numbers, and where a CPU rounds the rows of x to int8, it does so once.
+
+    Args:
+        x: [..., K].
+        packed_weights: each [N_i, K].
+        biases: one a weight, each [N_i] or None.
+
+    Returns:
+        one tensor [..., N_i] a weight.
+
+    Raises:
+        TypeError, ValueError: as `quantized_linear`.
+
+    Example:
+        >>> import torch, fastattn
+        >>> query = key = fastattn.ops.quantize_absmax(torch.eye(3), "int8")
+        >>> x, bias = torch.ones(1, 3), torch.ones(3)
+        >>> fastattn.ops.quantized_linears(x, [query, key], [None, bias])[1]
+        tensor([[2., 2., 2.]])
+    """
+    fits = all(each.in_features == x.shape[-1] and each.device == x.device for each in packed_weights)
+    plain = runs_in_pytorch(x) and x.is_cpu and not torch.is_autocast_enabled("cpu")
+    if fits and plain and x.dtype in FLOAT_DTYPES and not any(_needs_gradient(x, bias) for bias in biases):
+        shared = quantized_linears_cpu(x, packed_weights, biases)
+        if shared is not None:
+            return shared
+    return [quantized_linear(x, packed, bias) for packed, bias in zip(packed_weights, biases, strict=True)]
 
 
 def _needs_gradient(x: Tensor, bias: Tensor | None) -> bool:

@@ -221,3 +221,32 @@ def test_without_results_no_plot_is_asked_for(figures: ModuleType, tree: Path) -
     (tree / "results").mkdir()
     assert run(figures, tree) == 0
     assert "<img" not in (tree / "README.md").read_text(encoding="utf-8")
+
+
+def test_compressed_models_are_listed_with_what_was_promised(figures: ModuleType, tmp_path: Path) -> None:
+    point = {
+        "name": "untouched", "status": "measured", "reason": "", "score": 87.7, "model_bytes": 90_864_136,
+        "latency_ms": 300.0, "speed_up": 1.0, "speed_up_low": None, "speed_up_high": None, "pareto": False,
+    }  # fmt: skip
+    points = [
+        point,
+        point
+        | {"name": "int8", "speed_up": 3.5, "speed_up_low": 3.25, "speed_up_high": 3.75, "pareto": True},
+        point | {"name": "int4", "speed_up": 0.5},
+        point | {"name": "half", "status": "failed", "reason": "it broke", "score": None, "speed_up": None},
+    ]
+    promised = {"figure": "points lost", "promised": "<= 0.5", "measured": 0.75, "holds": False}
+    sweep = {
+        "model": "Bert", "metric": "accuracy", "higher_is_better": True, "workload": "4 batches",
+        "points": points, "environment": ENVIRONMENT,
+    }  # fmt: skip
+    document = {
+        "schema": "fastattn.quality/1", "name": "sst2", "command": "python it.py", "promises": [promised],
+        "sweep": sweep,
+    }  # fmt: skip
+    (tmp_path / "quality-sst2.json").write_text(json.dumps(document))
+    documents = figures.load(tmp_path)
+    page, block = figures.figures_page(documents, False), figures.readme_block(documents, False)
+    assert "| int8 | 87.7 | 90.9 | 300 | **3.50x** (3.25 to 3.75) |" in page and "python it.py" in page
+    assert "| half | failed: it broke |" in page and "| points lost | &lt;= 0.5 | 0.75 | **no** |" in page
+    assert "sst2 (accuracy): int8" in block and "sst2 (accuracy): untouched" in block and "int4" not in block

@@ -254,3 +254,28 @@ PACKED = ops.quantize_absmax(torch.ones(4, 8), "int8")
 def test_bad_input_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(0,), (1,), (2, 5), (3000,)])
+def test_several_layers_of_one_input_are_each_as_on_their_own(machine, scheme, dtype, rows):
+    """3,000 rows are too many for one block of the widest."""
+    torch.manual_seed(0)
+    x = torch.randn(*rows, 40).to(dtype)
+    packed = [ops.quantize_absmax(torch.randn(columns, 40), scheme) for columns in (24, 7, 600)]
+    biases = [torch.randn(24), None, torch.randn(600).to(dtype)]
+    found = ops.quantized_linears(x, packed, biases)
+    for each, weight, bias in zip(found, packed, biases, strict=True):
+        assert torch.equal(each, ops.quantized_linear(x, weight, bias))
+
+
+def test_several_layers_of_one_input_have_gradients_and_errors_of_their_own():
+    packed = [ops.quantize_absmax(torch.randn(4, 8), "int8") for _ in range(2)]
+    x = torch.randn(3, 8, requires_grad=True)
+    first, second = ops.quantized_linears(x, packed, [None, None])
+    (first.sum() + second.sum()).backward()
+    weight = packed[0].dequantize() + packed[1].dequantize()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1))
+    with pytest.raises(ValueError, match="x must be"):
+        ops.quantized_linears(torch.randn(3, 9), packed, [None, None])
