@@ -25,7 +25,7 @@ from fastattn.bench.files import write_text
 from fastattn.bench.workloads import auto_workloads, maximum_positions
 from fastattn.compress.frontier import SCHEMA, UNTOUCHED, SweepPoint, SweepResult, pareto
 from fastattn.compress.sweep_points import auto_points, named_points, title
-from fastattn.swap import restore
+from fastattn.swap import unfuse
 
 __all__ = ["sweep"]
 
@@ -179,7 +179,7 @@ class _Sweep:
 
     def untouched(self) -> nn.Module:
         student = copy_of(self.model)
-        restore(student)
+        unfuse(student)
         return student
 
     def pruned(self, prune: Mapping[str, Any], options: Mapping[str, Any], notes: list[str]) -> nn.Module:
@@ -196,7 +196,7 @@ class _Sweep:
         if student is None:
             # Gradients are needed to recover, and by importances that are gradients.
             student = copy.deepcopy(self.model)
-            restore(student)
+            unfuse(student)
             given = dict(prune)
             if self.calibration is not None:
                 given.setdefault("calibration", self.calibration)

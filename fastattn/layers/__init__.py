@@ -16,7 +16,7 @@ from fastattn.layers.fused import (
 )
 from fastattn.layers.gated import FusedGatedMLP, gated
 from fastattn.layers.plain import is_observed, is_plain, modules_below
-from fastattn.layers.quantized_linear import QuantizedLinear
+from fastattn.layers.quantized_linear import QuantizedLinear, dequantize_layers, rounds_inputs
 from fastattn.layers.residual import PlainStream, ResidualLayer, ResidualStream, add_norm
 from fastattn.layers.rms_norm import FusedRMSNorm
 
@@ -42,9 +42,11 @@ __all__ = [
     "add_norm",
     "cannot_fuse_activation",
     "dense_add_norm",
+    "dequantize_layers",
     "gated",
     "is_observed",
     "is_plain",
     "modules_below",
     "project",
+    "rounds_inputs",
 ]

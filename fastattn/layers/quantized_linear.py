@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastattn import ops
 from fastattn.ops import PackedWeight
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["QuantizedLinear", "dequantize_layers", "rounds_inputs"]
 
 # Buffer of the layer -> field of `PackedWeight`; `weight`, the values, is told apart below.
 _SCALES = {
@@ -237,6 +237,26 @@ class QuantizedLinear(nn.Linear):
             )
             if prepared:
                 self.prepare()
+
+
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether a layer of `model` rounds its inputs. Two right ways of computing such a model differ by as
+    much as the rounding costs: the last bit of an input decides which way it is rounded.
+    """
+    return any(
+        isinstance(module, QuantizedLinear) and module.scheme in ("int8", "fp8") for module in model.modules()
+    )
+
+
+def dequantize_layers(model: nn.Module) -> None:
+    """Put float layers in the place of every quantized layer below `model`; one in several places stays
+    one.
+    """
+    made: dict[int, nn.Linear] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, QuantizedLinear):
+                parent._modules[name] = made.setdefault(id(child), child.dequantized())
 
 
 def _record_scheme(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from fastattn.layers import FusedLayer
-from fastattn.swap import restore
+from fastattn.swap import unfuse
 from fastattn.verification.state import shared_copy
 
 __all__ = ["first_site"]
@@ -33,7 +33,7 @@ def first_site(model: nn.Module, passes: Passes) -> str:
     start = f"only without hooks on the layers, i.e. {where}"
     outermost = [name for name in names if not any(_inside(name, other) for other in names)]
     leaves = [name for name in names if not any(_inside(other, name) for other in names)]
-    for sites, put_back in ((leaves, _put_back_class), (regions, restore), (outermost, restore)):
+    for sites, put_back in ((leaves, _put_back_class), (regions, unfuse), (outermost, unfuse)):
         site = _first_to_blame(model, sites, put_back, passes)
         if site is not None:
             return f"{start}; it passes once {site} is restored"
@@ -69,7 +69,7 @@ def _first_to_blame(
 
 
 def _put_back_class(module: nn.Module) -> None:
-    """One layer alone, its surroundings and its config still swapped: `restore` would go on to the layers
+    """One layer alone, its surroundings and its config still swapped: `unfuse` would go on to the layers
     below, and give it an attention that cannot read a packed batch.
     """
     if isinstance(module, FusedLayer):

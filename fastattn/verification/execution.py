@@ -51,7 +51,7 @@ def autocast_case(batch: Mapping[str, Any]) -> Case:
 
     def results(subject: Subject) -> Iterable[CaseResult]:
         if subject.exact is not None:
-            raise Unavailable("the model is half precision already")
+            raise Unavailable("the model is half precision already, or rounds the inputs of its layers")
         device = subject.device.type
         with torch.no_grad(), evaluating(subject.model, subject.reference):
             truth = from_reference(lambda: call(subject.reference, batch))

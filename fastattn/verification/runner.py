@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn.layers import dequantize_layers, rounds_inputs
 from fastattn.swap import is_swapped, unfuse
 from fastattn.verification.cases import CASES, cases_for, cases_of_inputs, checked_inputs
 from fastattn.verification.comparison import TOLERANCE
@@ -186,11 +187,17 @@ def _implementation(module: nn.Module) -> str | None:
 
 
 def _exact_copy(reference: nn.Module) -> nn.Module | None:
-    """The reference in float32 where it is half precision: what both errors are measured against."""
+    """The reference in float32 where it is half precision or rounds the inputs of its layers: what both
+    errors are measured against.
+    """
     dtype = next((p.dtype for p in reference.parameters() if p.is_floating_point()), torch.float32)
-    if dtype in (torch.float32, torch.float64):
+    rounds = rounds_inputs(reference)
+    if dtype in (torch.float32, torch.float64) and not rounds:
         return None
-    exact = copy.deepcopy(reference).float().eval()
+    exact = copy.deepcopy(reference)
+    if rounds:
+        dequantize_layers(exact)
+    exact = exact.float().eval()
 
     def widen(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {

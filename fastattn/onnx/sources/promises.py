@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastattn.layers import FusedLayer
+from fastattn.layers import FusedLayer, QuantizedLinear
 from fastattn.models.dispatch import dispatches
 from fastattn.models.family import families_in
 from fastattn.models.interface import NAME
@@ -80,8 +80,16 @@ def traced_operations(fused: nn.Module) -> dict[str, int]:
         norms = promise.residual_norm * kinds["residual_norm"] - promise.first * len(stacks)
         found["add_layer_norm"] += times * norms
         for name, count in promise.activation.items():
-            found[name] += times * count * kinds["activation"]
+            sites = [fused.get_submodule(name) for name, kind in swapped.items() if kind == "activation"]
+            if name == "bias_gelu":
+                # A quantized layer computes the GELU after it itself.
+                sites = [each for each in sites if not _has_quantized(each)]
+            found[name] += times * count * len(sites)
     return {name: count for name, count in found.items() if count > 0}
+
+
+def _has_quantized(mlp: nn.Module) -> bool:
+    return any(isinstance(each, QuantizedLinear) for each in mlp.children())
 
 
 def _asks_the_interface(module: nn.Module) -> bool:
