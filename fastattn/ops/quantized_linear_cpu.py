@@ -39,6 +39,8 @@ _UNITS = {2: 32639.0, 3: 8355000.0}
 # Rows of an int4 weight that are dequantized at a time: at K = 768 one and a half MB of float32, which the
 # second-level cache holds.
 _DEQUANTIZED_ROWS = 512
+# Numbers of a result that are worked on at once.
+_WORK_SPACE = 1 << 23
 # From here on two reductions take less than one of a new tensor of magnitudes: 0.061 ms for 0.109 at
 # 480 x 1536, 0.021 for 0.020 at 480 x 384.
 _LONG_ROW = 768
@@ -88,9 +90,9 @@ def choose(packed: PackedWeight, dtype: torch.dtype, rows: int, machine: Instruc
     if scheme == "fp8" or dtype == torch.float64:
         return Choice("reference")
     computing = dtype if dtype == torch.bfloat16 and machine.bfloat16 else torch.float32
-    # Work space of 4 MB a block stays in the caches and below what the allocator hands back to the system
-    # each time. M = 1024, "int8": 17 ms in blocks of 128 to 256 rows, 31 ms at once.
-    fitting = max(64, (1 << 20) // out_features)
+    # All rows at once, up to 32 MB of work space: 900 rows of a layer 384 x 1536 take 1.3 ms on two cores,
+    # 1.7 in blocks of 512 and 2.0 in blocks of 192, whose results are copied.
+    fitting = max(64, _WORK_SPACE // out_features)
     integers = machine.int8 and packed.in_features <= _LONGEST_INTEGER_SUM
     if scheme == "int8":
         # M = 1, 16, 128, 480: 0.24, 0.30, 0.82, 3.6, where float32 takes 0.33, 0.91, 3.5, 17.6.
@@ -113,13 +115,12 @@ def choose(packed: PackedWeight, dtype: torch.dtype, rows: int, machine: Instruc
         return Choice("dequantize", computing=computing)
     digits = 3 if dtype == torch.float32 else 2
     if digits == 3 and packed.in_features < 512 and rows > 96:
-        # Few products for each result: K = 384, N = 1536, M = 128, 480, 1024: 1.3, 8.4, 21; digits 1.6, 9.5,
-        # 29; a float32 layer 1.0, 9.1, 12.
+        # Few products for each result: on two cores K = 384, N = 1536, M = 480, 900: 1.8, 3.2; digits 2.0,
+        # 3.7; a float32 layer 1.6, 2.9.
         return Choice("dequantize")
-    # M = 1, 8, 64, 128, 480: 0.30, 0.50, 1.3, 2.5, 16, where float32 takes 0.33, 1.0, 2.2, 3.5, 25 and
-    # dequantizing 0.80, 1.4, 2.4, 4.2, 26. Each digit has results of its own, so that blocks are small:
-    # K = 3072, N = 768, M = 256, 9.4 in blocks of 64 rows, 13 of 455.
-    return Choice("digits", digits=digits, rows=64)
+    # On two cores M = 64, 128, 480, 900: 0.84, 1.4, 6.4, 8.9, where float32 takes 1.1, 1.8, 7.9, 12 and
+    # dequantizing 1.9, 2.4, 8.8, 13.
+    return Choice("digits", digits=digits, rows=max(64, fitting // digits))
 
 
 @cache
