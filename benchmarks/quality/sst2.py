@@ -138,7 +138,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the folder of the checkpoints")
     parser.add_argument("--train-only", action="store_true", help="fine-tune, and compress nothing")
-    parser.add_argument("--epochs", type=int, default=4, help="of each recovery (default 4)")
+    parser.add_argument("--epochs", type=int, default=3, help="of each recovery (default 3)")
     args = parser.parse_args()
     if not (args.output / "config.json").is_file():
         train(args.output)
