@@ -38,14 +38,31 @@ def quality_lines(document: Mapping[str, Any]) -> list[str]:
 
 
 def quality_summary(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of every file the untouched model and the points that no other beats in score, size and speed."""
-    cells = [
-        _cells(each, f"{document['name']} ({document['sweep']['metric']}): {each['name']}")
-        for document in documents
-        for each in document["sweep"]["points"]
-        if each["pareto"] or each["name"] == "untouched"
-    ]
-    return [*markdown_table(list(_COLUMNS), cells), ""] if cells else []
+    """A line a file: of its points that no other beats in score, size and speed, the best of each."""
+    lines = []
+    for document in documents:
+        sweep = document["sweep"]
+        untouched, *points = (
+            each for each in sweep["points"] if each["pareto"] or each["name"] == "untouched"
+        )
+        if not points:
+            continue
+        sign = 1 if sweep["higher_is_better"] else -1
+        # Without the fused layers alone, which compress nothing.
+        small = [each for each in points if each["model_bytes"] < untouched["model_bytes"]] or points
+        chosen = [
+            max(small, key=lambda each: sign * each["score"]),
+            max(small, key=lambda each: each["speed_up"]),
+            min(small, key=lambda each: each["model_bytes"]),
+        ]
+        name = f"{document['name']} ({sweep['metric']})"
+        lines.append([name, _short(untouched), *(f"{each['name']}: {_short(each)}" for each in chosen)])
+    columns = ["model", "untouched", "best score", "fastest", "smallest"]
+    return markdown_table(columns, lines) if lines else []
+
+
+def _short(point: Mapping[str, Any]) -> str:
+    return f"{_number(point['score'])}, {point['model_bytes'] / 1e6:.1f} MB, **{point['speed_up']:.2f}x**"
 
 
 def _cells(point: Mapping[str, Any], name: str) -> list[str]:

@@ -79,8 +79,8 @@ def readme_block(documents: Sequence[Mapping[str, Any]], has_plots: bool) -> str
     if compressed:
         lines += [
             "",
-            "Compression of models trained on real data ([docs/compress.md](docs/compress.md)): what no "
-            "other way beats in score, size and speed at once, over the untouched model in fp32.",
+            "Compression of models trained on real data ([docs/compress.md](docs/compress.md)): score, size "
+            "and speed over the untouched model in fp32, all of it in [docs/figures.md](docs/figures.md).",
             "",
             *quality_summary(compressed),
         ]
