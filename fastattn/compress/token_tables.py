@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["TokenTables", "find_tables", "named_ids", "own_configs", "rename_ids"]
+from fastattn.compress.configs import is_config
+
+__all__ = ["TokenTables", "find_tables", "named_ids", "rename_ids"]
 
 # Attributes that hold ids of tokens: pad_token_id, image_token_index, padding_idx ...
 _ID = re.compile(r"_?(\w+_)?token_(id|ids|index)|padding_idx|pad_index")
@@ -181,15 +182,6 @@ def named_ids(model: nn.Module, rows: int) -> set[int]:
     return found
 
 
-def own_configs(model: nn.Module) -> None:
-    """Give the model copies of its configs: another model may have been built from the same ones."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for name, value in module.__dict__.items():
-            if _is_config(value):
-                module.__dict__[name] = copy.deepcopy(value, memo)
-
-
 def rename_ids(model: nn.Module, rows: int, ids: Mapping[int, int]) -> None:
     """Write the new ids, and the new number of them, wherever the old ones were."""
     for holder in list(_holders(model, rows)):
@@ -239,19 +231,12 @@ def _holders(model: nn.Module, rows: int) -> Iterator[Any]:
     for module in model.modules():
         if not isinstance(module, nn.Embedding) or module.num_embeddings == rows:
             yield module
-        waiting = [value for value in module.__dict__.values() if _is_config(value)]
+        waiting = [value for value in module.__dict__.values() if is_config(value)]
         while waiting:
             config = waiting.pop()
             if id(config) in seen:
                 continue
             seen.add(id(config))
-            waiting += [value for value in vars(config).values() if _is_config(value)]
+            waiting += [value for value in vars(config).values() if is_config(value)]
             if getattr(config, "vocab_size", rows) in (rows, None):
                 yield config
-
-
-def _is_config(value: Any) -> bool:
-    return any(
-        base.__name__ in ("PreTrainedConfig", "PretrainedConfig", "GenerationConfig")
-        for base in type(value).__mro__
-    )

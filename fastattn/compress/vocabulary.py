@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastattn.compress.token_tables import find_tables, named_ids, own_configs, rename_ids
+from fastattn.compress.configs import own_configs
+from fastattn.compress.token_tables import find_tables, named_ids, rename_ids
 from fastattn.compress.tokenizer_pieces import KINDS, added_ids, lost_text, pieces, remapped, required_ids
 from fastattn.report import format_table
 

@@ -248,15 +248,15 @@ def rounds_inputs(model: nn.Module) -> bool:
     )
 
 
-def dequantize_layers(model: nn.Module) -> None:
-    """Put float layers in the place of every quantized layer below `model`; one in several places stays
-    one.
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put float layers in the place of every quantized layer below `model`, in `dtype` (default float32, the
+    bias as it is); one in several places stays one.
     """
     made: dict[int, nn.Linear] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, QuantizedLinear):
-                parent._modules[name] = made.setdefault(id(child), child.dequantized())
+                parent._modules[name] = made.setdefault(id(child), child.dequantized().to(dtype))
 
 
 def _record_scheme(

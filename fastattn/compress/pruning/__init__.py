@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastattn.compress.calibration import Calibration
+from fastattn.compress.configs import own_configs
 from fastattn.compress.pruning.ffn import remove_neurons
 from fastattn.compress.pruning.heads import remove_heads
 from fastattn.compress.pruning.importance import check_importance, measure
@@ -15,7 +16,7 @@ from fastattn.compress.pruning.latency import check_target, search, workload_of
 from fastattn.compress.pruning.layers import relink, remove_layers
 from fastattn.compress.pruning.plan import Amount, Plan, Request, excluded_sites, without
 from fastattn.compress.pruning.report import PrunedPart, PruneReport
-from fastattn.compress.pruning.saved import own_config, record_shapes, saved_models
+from fastattn.compress.pruning.saved import record_shapes, saved_models
 from fastattn.compress.pruning.semi_structured import prune_2_4
 from fastattn.compress.pruning.structure import Structure, sites
 from fastattn.compress.pruning.surgery import check_cuttable
@@ -151,7 +152,7 @@ def _remove(model: nn.Module, structure: Structure, plan: Plan, excluded: frozen
     """Carry a checked plan out."""
     report = PruneReport(_parts(structure, plan, excluded), _parameters(model))
     if not plan.empty:
-        own_config(model)
+        own_configs(model)
         # Again, with the configurations that are the model's own now.
         structure = sites(model)
         remove_heads(model, {s: h for s in structure.attentions if (h := plan.heads.get(s.name))})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from fastattn.compress.pruning.ffn import remove_neurons
 from fastattn.compress.pruning.heads import KeptSlopes, kept_slopes, remove_heads
 from fastattn.compress.pruning.structure import sites
 
-__all__ = ["apply_shapes", "load_pruned", "own_config", "record_shapes", "saved_models", "shapes_of"]
+__all__ = ["apply_shapes", "load_pruned", "record_shapes", "saved_models", "shapes_of"]
 
 ATTRIBUTE = "fastattn_pruning"
 _VERSION = 1
@@ -35,19 +34,6 @@ def shapes_of(model: nn.Module) -> dict[str, Any]:
         heads[_below_head(model, site.name)] = entry
     neurons = {_below_head(model, site.name): site.width for site in structure.feed_forwards}
     return {"version": _VERSION, "attention": heads, "feed_forward": neurons}
-
-
-def own_config(model: nn.Module) -> None:
-    """Give the model copies of its configurations, which other models may share."""
-    if not saved_models(model):
-        return
-    from transformers import PretrainedConfig
-
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        for name, value in module.__dict__.items():
-            if isinstance(value, PretrainedConfig):
-                module.__dict__[name] = copy.deepcopy(value, copies)
 
 
 def saved_models(model: nn.Module) -> dict[str, nn.Module]:

@@ -113,12 +113,9 @@ class FastattnQuantizer(HfQuantizer):
         return tensors
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        from fastattn.layers import QuantizedLinear
+        from fastattn.layers import dequantize_layers
 
-        for parent in list(model.modules()):
-            for attribute, layer in parent._modules.items():
-                if isinstance(layer, QuantizedLinear):
-                    parent._modules[attribute] = layer.dequantized().to(dtype)
+        dequantize_layers(model, dtype)
         return model
 
     @property
