@@ -41,6 +41,9 @@ _UNITS = {2: 32639.0, 3: 8355000.0}
 _DEQUANTIZED_ROWS = 512
 # Numbers of a result that are worked on at once.
 _WORK_SPACE = 1 << 23
+# Numbers that are rounded at a time where there are more than twice as many: 1670 x 1536 take 0.79 ms, and 1.07
+# at once, whose passes and new pages go to memory; 1670 x 384 0.25 and 0.21.
+_ROUNDED_AT_ONCE = 256 * 1536
 # From here on two reductions take less than one of a new tensor of magnitudes: 0.061 ms for 0.109 at
 # 480 x 1536, 0.021 for 0.020 at 480 x 384.
 _LONG_ROW = 768
@@ -249,7 +252,14 @@ def _integers(numbers: Tensor, scales: Tensor, packed: PackedWeight, bias: Tenso
 def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [M, K] and float32 [M, 1], as `quantize_rows`, without the passes that only NaN needs."""
     scales = _unit(rows, 127.0)
-    return rows.div(scales).round_().to(torch.int8), _nan_where_infinite(scales)
+    if rows.numel() <= 2 * _ROUNDED_AT_ONCE:
+        return rows.div(scales).round_().to(torch.int8), _nan_where_infinite(scales)
+    numbers = torch.empty(rows.shape, dtype=torch.int8)
+    step = max(1, _ROUNDED_AT_ONCE // rows.shape[1])
+    space = torch.empty(step, rows.shape[1])
+    for some, scale, result in zip(rows.split(step), scales.split(step), numbers.split(step), strict=True):
+        result.copy_(torch.div(some, scale, out=space[: some.shape[0]]).round_())
+    return numbers, _nan_where_infinite(scales)
 
 
 def _as_floats(integers: Tensor) -> Tensor:

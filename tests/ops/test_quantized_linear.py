@@ -292,3 +292,12 @@ def test_blocks_of_rows_give_what_all_rows_at_once_do(scheme, monkeypatch):
     assert torch.equal(ops.quantized_linear(x, packed, bias, "gelu"), at_once)
     (alone,) = ops.quantized_linears(x, [packed], [bias])
     assert torch.equal(alone, ops.quantized_linear(x, packed, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounding_in_blocks_is_rounding(dtype, monkeypatch):
+    x, packed = torch.randn(203, 40).to(dtype), packed_of("int8", 40, 24)
+    x[7], x[90] = 0.0, torch.inf
+    at_once = ops.quantized_linear(x, packed)
+    monkeypatch.setattr(quantized_linear_cpu, "_ROUNDED_AT_ONCE", 10 * 40)
+    torch.testing.assert_close(ops.quantized_linear(x, packed), at_once, rtol=0, atol=0, equal_nan=True)
