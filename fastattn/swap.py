@@ -175,7 +175,10 @@ def restore(model: nn.Module) -> None:
             again, and nothing has changed.
     """
     check_model(model)
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    # Quantizing may have left every layer and changed the cache alone.
+    quantization = sys.modules.get("fastattn.compress.quantization.originals")
+    recorded = quantization is not None and quantization.record_of(model) is not None
+    if recorded or any(isinstance(module, QuantizedLinear) for module in model.modules()):
         from fastattn.compress.quantization.originals import put_back
 
         put_back(model)

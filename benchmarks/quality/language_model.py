@@ -1,4 +1,5 @@
-"""tinyshakespeare: a small GPT-2 trained from nothing, then quantized; perplexity, size and speed of each.
+"""tinyshakespeare: a small GPT-2 trained from nothing, then quantized; perplexity, size and speed of each,
+and the perplexity of the trained one where it reads a text token by token from a quantized cache.
 
     FASTATTN_DATA=... python benchmarks/quality/language_model.py --output CHECKPOINTS [--train-only]
 
@@ -9,18 +10,23 @@ from __future__ import annotations
 
 import argparse
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from fine_tuning import fine_tune
 from record import linear_share, promise, record
+from torch.nn.functional import cross_entropy
 
 from fastattn.compress import sweep
+from fastattn.compress.kv_cache import KV_CACHES, QuantizedCache
 
 _VOCABULARY = 2048
 _CONTEXT = 128
 _BATCH = 16
+# Windows that are read token by token at a time.
+_READ = 64
 # Windows of a timed batch, a prompt each; and of the text that calibrates.
 _TIMED, _CALIBRATION = 4, 64
 _POINTS: list[dict[str, Any]] = [
@@ -64,6 +70,25 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> float:
     with torch.inference_mode():
         losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in rows.split(_BATCH)]
     return float((torch.stack(losses).sum() / len(rows)).exp())
+
+
+def cached_perplexity(model: Any, tokenizer: Any, text: str, kind: str | None) -> float:
+    """`perplexity` where every token is a call of its own and sees those before it in a cache.
+
+    Args:
+        kind: what past keys and values are kept in, "int8" or "fp8"; None as they are.
+    """
+    from transformers import DynamicCache
+
+    rows = torch.tensor(windows(tokenizer, text, _CONTEXT, _CONTEXT))
+    losses = []
+    with torch.inference_mode():
+        for batch in rows.split(_READ):
+            cache = DynamicCache(config=model.config) if kind is None else QuantizedCache(model.config, kind)
+            for token, following in pairwise(batch.split(1, dim=1)):
+                logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+                losses.append(cross_entropy(logits, following[:, 0], reduction="sum"))
+    return float((torch.stack(losses).sum() / (len(rows) * (_CONTEXT - 1))).exp())
 
 
 def train(folder: Path) -> None:
@@ -111,12 +136,23 @@ def compress(folder: Path) -> int:
     def grown(score: float | None) -> float | None:
         return None if score is None else 100 * (score / before - 1)
 
+    unquantized = cached_perplexity(model, tokenizer, held_out, None)
+    cached = {kind: cached_perplexity(model, tokenizer, held_out, kind) for kind in KV_CACHES}
+
     return record(
         "language-model",
         result,
         [
             promise("int8: per cent of perplexity added", grown(points["int8"].score), 1.0),
             promise("int4-weight, the best method: per cent added", grown(min(int4, default=None)), 3.0),
+            *(
+                promise(
+                    f"{kind} cache, token by token: per cent added to {unquantized:.5g}",
+                    100 * (score / unquantized - 1),
+                    1.0,
+                )
+                for kind, score in cached.items()
+            ),
         ],
     )
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fastattn.bench.files import write_text
 from fastattn.compress.frontier import SweepPoint, SweepResult
 from fastattn.report import format_table
@@ -39,8 +41,10 @@ def loss(result: SweepResult, point: SweepPoint) -> float | None:
 
 def linear_share(model: Any) -> dict[str, float]:
     """The bytes held by quantized linear layers over those of the same weights in float32; nothing where
-    there is none.
+    there is none, and of an exported model.
     """
+    if not isinstance(model, nn.Module):
+        return {}
     from fastattn.layers.quantized_linear import QuantizedLinear
 
     packed = [each.packed_weight for each in model.modules() if isinstance(each, QuantizedLinear)]

@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train",
         required=True,
         metavar="FILE",
-        help="what pruned models are recovered on: a text a line, with a tab and a label for a classifier",
+        help="what pruned models are recovered on: a text a line, with a tab and a label for a classifier, "
+        "with a tab and its target for an encoder-decoder",
     )
     parser.add_argument(
         "--evaluate", required=True, metavar="FILE", help="what they are measured on, likewise"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 
 from fastattn.bench.contenders.source import copy_of, kind_of
 from fastattn.cli import UserError
-from fastattn.cli.texts import labelled_lines, text_lines
+from fastattn.cli.texts import labelled_lines, paired_lines, text_lines
+from fastattn.compress.sweep_batches import NO_LABEL, decoder_inputs
 
 __all__ = ["TextTask"]
 
@@ -25,14 +28,16 @@ _CALIBRATION_ROWS = 128
 class TextTask:
     """What a model is for, as far as two files of text tell.
 
-    A classifier's score is the accuracy on its labels, a language model's the perplexity, and an encoder's
-    the mean cosine of its sentence embeddings (means over tokens) with the untouched model's.
+    A classifier's score is the accuracy on its labels, a language model's the perplexity, an
+    encoder-decoder's that of the targets, and an encoder's the mean cosine of its sentence embeddings (means
+    over tokens) with the untouched model's.
 
     Attributes:
         metric: "accuracy", "perplexity" or "cosine".
         train_rows, evaluate_rows: mappings of lists, unpadded.
         tokenizer: pads them.
         reference: an encoder's embeddings of the evaluation rows before compression.
+        moved: an encoder-decoder's decoder inputs, int64 [B, S], of such labels.
     """
 
     metric: str
@@ -40,6 +45,7 @@ class TextTask:
     evaluate_rows: list[dict[str, Any]]
     tokenizer: Any
     reference: Tensor | None = None
+    moved: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, train: str, evaluate: str, seq: int) -> TextTask:
@@ -47,12 +53,14 @@ class TextTask:
 
         Raises:
             UserError: a file that cannot be read, labels that are not the model's, a model without a
-                tokenizer, or one that is neither a classifier, a language model nor an encoder of text.
+                tokenizer, or one that is neither a classifier, a language model, an encoder of text nor an
+                encoder-decoder that writes text.
         """
         kind = kind_of(model)
-        if kind == "encoder-decoder":
+        if kind == "encoder-decoder" and "labels" not in inspect.signature(model.forward).parameters:
             raise UserError(
-                "an encoder-decoder takes pairs of texts; call fastattn.compress.sweep from Python"
+                f"{type(model).__name__} has no head that predicts a target; call fastattn.compress.sweep "
+                "from Python"
             )
         if tokenizer is None or not hasattr(tokenizer, "pad"):
             raise UserError("--train and --evaluate need the model's tokenizer, and there is none beside it")
@@ -68,6 +76,8 @@ class TextTask:
                         for text, label in pairs
                     ]
                 )
+            elif kind == "encoder-decoder":
+                rows.append(_pairs(option, file, tokenizer, seq))
             elif kind == "decoder":
                 rows.append(_windows(option, file, tokenizer, seq))
             else:
@@ -75,8 +85,10 @@ class TextTask:
                 rows.append([dict(tokenizer(text, truncation=True, max_length=seq)) for text in texts])
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        metric = {"classifier": "accuracy", "decoder": "perplexity"}.get(kind, "cosine")
+        metric = {"classifier": "accuracy", "encoder": "cosine"}.get(kind, "perplexity")
         task = cls(metric, rows[0], rows[1], tokenizer)
+        if kind == "encoder-decoder":
+            task.moved = partial(decoder_inputs, model)
         if metric == "cosine":
             task.reference = task.embeddings(copy_of(model))
         return task
@@ -100,9 +112,12 @@ class TextTask:
                     right += int((logits.argmax(-1) == labels).sum())
                     count += len(labels)
                 else:
-                    logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+                    if self.moved is None:
+                        # A language model's answer at a position is the token after it.
+                        logits, labels = logits[:, :-1], labels[:, 1:]
+                    logits, labels = logits.flatten(0, 1).float(), labels.flatten()
                     loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-                    count += int((labels != -100).sum())
+                    count += int((labels != NO_LABEL).sum())
         if self.metric == "accuracy":
             return {"accuracy": right / count}
         return {"perplexity": math.exp(loss / count)}
@@ -118,7 +133,7 @@ class TextTask:
         return torch.cat(found)
 
     def batches(self, rows: Sequence[dict[str, Any]], size: int) -> list[dict[str, Tensor]]:
-        """Padded batches of consecutive rows."""
+        """Padded batches of consecutive rows, an encoder-decoder's with what its decoder reads."""
         found = []
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
@@ -126,20 +141,45 @@ class TextTask:
             padded = [{name: row[name] for name in names} for row in some]
             batch = dict(self.tokenizer.pad(padded, return_tensors="pt"))
             if "labels" in some[0]:
-                batch["labels"] = torch.tensor([row["labels"] for row in some])
+                batch["labels"] = _stacked([row["labels"] for row in some])
+            if self.moved is not None:
+                batch["decoder_input_ids"] = self.moved(batch["labels"])
             found.append(batch)
         return found
 
     def calibration(self) -> list[dict[str, Tensor]]:
         """Some of the training rows."""
         step = max(1, len(self.train_rows) // _CALIBRATION_ROWS)
-        return self.batches(self.train_rows[::step][:_CALIBRATION_ROWS], _BATCH)
+        found = self.batches(self.train_rows[::step][:_CALIBRATION_ROWS], _BATCH)
+        if self.moved is not None:
+            # What is learned from them is of real positions, which a decoder's padding is told from by this.
+            for batch in found:
+                batch["decoder_attention_mask"] = (batch["labels"] != NO_LABEL).long()
+        return found
 
     def timed_batches(self, size: int) -> list[dict[str, Tensor]]:
         """One batch of evaluation rows at their own lengths, as they come."""
         batch = self.batches(self.evaluate_rows[:size], size)[0]
         batch.pop("labels", None)
         return [batch]
+
+
+def _stacked(labels: Sequence[Any]) -> Tensor:
+    """Numbers, int64 [B], or sequences of unequal length, int64 [B, S]."""
+    if not isinstance(labels[0], list):
+        return torch.tensor(labels)
+    longest = max(map(len, labels))
+    return torch.tensor([[*row, *[NO_LABEL] * (longest - len(row))] for row in labels])
+
+
+def _pairs(option: str, file: str, tokenizer: Any, seq: int) -> list[dict[str, Any]]:
+    """Sources as the encoder reads them, targets as labels; both cut to `seq` tokens."""
+    cut = dict(truncation=True, max_length=seq)
+    rows = []
+    for source, target in paired_lines(option, file):
+        row = tokenizer(source, text_target=target, **cut)
+        rows.append({name: row[name] for name in ("input_ids", "attention_mask", "labels")})
+    return rows
 
 
 def _windows(option: str, file: str, tokenizer: Any, seq: int) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from typing import Any
 
 HELP = "quantize a model's linear layers and save it, with error, size and speed by layer"
@@ -28,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="leave these modules alone"
     )
+    parser.add_argument(
+        "--faster-at",
+        type=int,
+        metavar="ROWS",
+        help="quantize only layers that are faster for it on this machine at so many rows, the tokens of a "
+        "batch",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -40,15 +48,18 @@ def run(args: argparse.Namespace) -> int:
     texts = None if args.calibration is None else text_lines("--calibration", args.calibration)
     model, tokenizer = load_model(args.model)
     options: dict[str, Any] = {} if args.group_size is None else {"group_size": args.group_size}
-    report = fastattn.quantize(
-        model,
-        args.scheme,
-        calibration=None if texts is None else list(text_batches("--calibration", texts, tokenizer)),
-        exclude=args.exclude,
-        method=args.method,
-        smooth=args.smooth,
-        **options,
-    )
+    # Timed as the fused layers run them: those round an input of several products once.
+    with nullcontext() if args.faster_at is None else fastattn.optimized(model):
+        report = fastattn.quantize(
+            model,
+            args.scheme,
+            calibration=None if texts is None else list(text_batches("--calibration", texts, tokenizer)),
+            exclude=args.exclude,
+            method=args.method,
+            smooth=args.smooth,
+            faster_at=args.faster_at,
+            **options,
+        )
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

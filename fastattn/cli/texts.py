@@ -1,4 +1,6 @@
-"""Text files as arguments of a verb: one text a line, with a label after a tab where one is wanted."""
+"""Text files as arguments of a verb: one text a line, with a label or a target after a tab where one is
+wanted.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 
 from fastattn.cli import UserError
 
-__all__ = ["labelled_lines", "new_folder", "text_batches", "text_lines"]
+__all__ = ["labelled_lines", "new_folder", "paired_lines", "text_batches", "text_lines"]
 
 # Texts of a batch for calibration.
 _BATCH = 8
@@ -45,6 +47,24 @@ def labelled_lines(option: str, file: str, num_labels: int) -> list[tuple[str, i
                 f"a label from 0 to {num_labels - 1}"
             )
         found.append((text, int(label)))
+    return found
+
+
+def paired_lines(option: str, file: str) -> list[tuple[str, str]]:
+    """Sources with their targets, from lines of a text, a tab and a text.
+
+    Raises:
+        UserError: as `text_lines`, or a line is not two texts with one tab between them.
+    """
+    found = []
+    for number, line in enumerate(text_lines(option, file), start=1):
+        source, _, target = (part.strip() for part in line.partition("\t"))
+        if not source or not target or "\t" in target:
+            raise UserError(
+                f"{option} {file}: text {number} is {line[:60]!r}; an encoder-decoder's are a source, a tab "
+                "and its target"
+            )
+        found.append((source, target))
     return found
 
 

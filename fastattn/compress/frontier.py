@@ -23,16 +23,18 @@ class SweepPoint:
 
     Attributes:
         name: unique in its sweep; "untouched" is the model as it was given.
-        options: what was asked for: "prune", "recover", "quantize", "optimize".
+        options: what was asked for: "prune", "recover", "quantize", "optimize", "export".
         status: "measured", "failed" (it raised: `reason`), or "not reached" (the budget ended before it).
         score: what `evaluate` gave, the first figure where it gave several.
         figures: all of them by name.
-        model_bytes: of the parameters and buffers it holds, shared ones counted once.
+        model_bytes: of the parameters and buffers it holds, shared ones counted once; of an export those of
+            its graphs and their weights on the disk.
         latency_ms: the median of the batch.
         speed_up: the untouched model's time over this one's, both of the same rounds: the median.
         speed_up_low, speed_up_high: its 95% interval.
         pareto: whether no other point is as good in score, size and speed, and better in one.
-        folder: where the compressed model was saved, relative to the sweep's folder; None where it was not.
+        folder: where the compressed model was saved or exported, relative to the sweep's folder; None where
+            it was not.
         notes: what pruning, recovery and quantization reported.
     """
 

@@ -44,7 +44,13 @@ def sweep_page(result: SweepResult) -> Report:
     notes = [f"{point.name}: {note}" for point in result.points for note in point.notes]
     if notes:
         sections.append(Text("Notes", notes))
-    sections.append(Text("How it was measured", [f"Contenders alternate in one process; {METHOD}."]))
+    how = [f"Contenders alternate in one process; {METHOD}."]
+    if any(point.options.get("export") is not None for point in result.points):
+        how.append(
+            "Exports run in ONNX Runtime on as many threads as PyTorch; their size is that of the files, "
+            "graphs and weights. A turn begins when the threads of the one before have come to rest."
+        )
+    sections.append(Text("How it was measured", how))
     sections.append(Environment(result.environment))
     return Report(f"{result.model}: what compression costs and gains", _summary(result), sections)
 

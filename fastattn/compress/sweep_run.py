@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,16 +21,18 @@ from tqdm import tqdm
 import fastattn
 from fastattn.bench import Contender, Workload, capture_environment, measure, paired_ratio
 from fastattn.bench.contender import describe
-from fastattn.bench.contenders.source import copy_of, kind_of, token_inputs
+from fastattn.bench.contenders.source import copy_of
 from fastattn.bench.files import write_text
-from fastattn.bench.workloads import auto_workloads, maximum_positions
 from fastattn.compress.frontier import SCHEMA, UNTOUCHED, SweepPoint, SweepResult, pareto
+from fastattn.compress.sweep_batches import timed_batches
+from fastattn.compress.sweep_export import exported
 from fastattn.compress.sweep_points import auto_points, named_points, title
 from fastattn.swap import unfuse
 
 __all__ = ["sweep"]
 
-Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
+# Called with a module, or with what `fastattn.load` opens of an export, which is called alike.
+Evaluate = Callable[[Any], "float | Mapping[str, float]"]
 Recover = Callable[[nn.Module, nn.Module, Path], Any]
 
 # Timing of one point against the untouched model.
@@ -53,23 +56,27 @@ def sweep(
 ) -> SweepResult:
     """Compress copies of `model` in several ways and measure what each costs and gains; `model` is unchanged.
 
-    Every point is pruned, recovered, swapped, quantized, evaluated and timed: its batches in the same rounds
-    as the untouched model's. What is finished is in `folder` and read back when the sweep is called again; a
-    point that fails is a row with its reason, tried again then. After every point `folder` has the result so
-    far as sweep.json and, where plotly is installed, sweep.html; models of transformers are saved below it.
+    Every point is pruned, recovered, swapped, quantized, exported, evaluated and timed: its batches in the
+    same rounds as the untouched model's. What is finished is in `folder` and read back when the sweep is
+    called again; a point that fails is a row with its reason, tried again then. After every point `folder`
+    has the result so far as sweep.json and, where plotly is installed, sweep.html; exports and models of
+    transformers are saved below it.
 
     Args:
         model: any module, in the precision it is used in.
-        evaluate: gives a copy's score, or named figures of which the first is the score.
+        evaluate: gives a copy's score, or named figures of which the first is the score. Of an exported
+            point it is called with what `fastattn.load` opens, which is called as the model is.
         points: "auto" (see `auto_points`), or mappings of "prune" (arguments of `fastattn.prune`), "recover"
             (False leaves it out), "quantize" (a scheme, or arguments of `fastattn.quantize`), "optimize"
-            (False keeps the plain layers) and "name".
+            (False keeps the plain layers), "export" (a precision, or arguments of `fastattn.export`; the
+            graphs then run in ONNX Runtime) and "name".
         folder: made where it does not exist.
         recover: trains a pruned student, called with the student, the untouched model and a folder for its
             checkpoints; None leaves pruned models as they are.
-        calibration: inputs for whatever learns from them.
+        calibration: inputs for pruning and quantizing by. An int8 export rounds by each batch's own range.
         workload: what is timed: a `fastattn.bench.Workload`, a batch, or several batches run one after the
-            other. None takes the ragged batch that suits the model.
+            other. None takes the ragged batch that suits the model. A module of your own is traced for
+            export with the first batch.
         budget_s: no point is begun after so many seconds; the rest are rows "not reached".
         higher_is_better: what the score means; False for a perplexity.
 
@@ -92,10 +99,10 @@ def sweep(
     wanted = auto_points(model, recovers=recover is not None) if isinstance(points, str) else list(points)
     if points != "auto" and isinstance(points, str):
         raise ValueError(
-            f'points is {points!r}; it must be "auto" or mappings of prune and quantize arguments'
+            f'points is {points!r}; it must be "auto" or mappings of prune, quantize and export arguments'
         )
     named = named_points(wanted)
-    batches, text = _batches(model, workload)
+    batches, text = timed_batches(model, workload)
     work = _Sweep(model, evaluate, Path(folder), recover, calibration, batches)
     identity = {"model": _weights_digest(model), "workload": _digest(text)}
     known = _read_back(work.folder, identity)
@@ -143,6 +150,10 @@ class _Sweep:
         """One row, whatever happens."""
         try:
             student, notes = self.compressed(name, options)
+            size, place = _held_bytes(student), None
+            if (export := options.get("export")) is not None:
+                place = self.new_place(name)
+                student, size = exported(student, export, place, self.batches[0])
             figures = self.evaluate(student)
             if not isinstance(figures, Mapping):
                 figures = {"score": figures}
@@ -152,13 +163,16 @@ class _Sweep:
                 options,
                 score=next(iter(figures.values())),
                 figures=figures,
-                model_bytes=_held_bytes(student),
+                model_bytes=size,
                 notes=tuple(notes),
             )
             measured = self.timed(measured, student)
-            if name == UNTOUCHED:
-                return measured
-            return replace(measured, folder=self.saved(name, student))
+            if place is None and name != UNTOUCHED and hasattr(student, "save_pretrained"):
+                place = self.new_place(name)
+                _save(student, place, [])
+            return replace(
+                measured, folder=None if place is None else place.relative_to(self.folder).as_posix()
+            )
         except Exception as error:
             return SweepPoint(name, options, "failed", describe(error))
 
@@ -226,11 +240,11 @@ class _Sweep:
         notes[:] = said
         return student
 
-    def timed(self, point: SweepPoint, student: nn.Module) -> SweepPoint:
+    def timed(self, point: SweepPoint, student: Any) -> SweepPoint:
         """With its times, and the untouched model's in the same rounds."""
         rows = measure(
             [Contender(UNTOUCHED, self.runner(self.untouched())), Contender(".", self.runner(student))],
-            device=next(student.parameters()).device.type,
+            device=next(self.model.parameters()).device.type,
             budget_s=_TIMING_S,
             max_rounds=_MOST_ROUNDS,
             until=_KNOWN_TO,
@@ -252,7 +266,7 @@ class _Sweep:
             speed_up_high=ratio.high,
         )
 
-    def runner(self, model: nn.Module) -> Callable[[], Any]:
+    def runner(self, model: Any) -> Callable[[], Any]:
         @torch.inference_mode()
         def run() -> Any:
             for batch in self.batches:
@@ -261,30 +275,13 @@ class _Sweep:
 
         return run
 
-    def saved(self, name: str, student: nn.Module) -> str | None:
+    def new_place(self, name: str) -> Path:
+        """The point's folder, without what another point of this name left there: loading takes an export
+        before a saved model.
+        """
         place = self.folder / "models" / _slug(name)
-        return place.relative_to(self.folder).as_posix() if _save(student, place, []) else None
-
-
-def _batches(model: nn.Module, workload: Any) -> tuple[list[dict[str, Tensor]], str]:
-    """What is timed, and in words."""
-    if workload is None:
-        if not hasattr(model, "config"):
-            raise ValueError(
-                f"workload is None, and {type(model).__name__} does not say what it takes; give a batch, a "
-                "mapping of its forward's arguments"
-            )
-        workload = auto_workloads(kind_of(model), maximum_positions(model))[0]
-    if isinstance(workload, Workload):
-        return [token_inputs(model, workload, next(model.parameters()).device)], str(workload)
-    batches = [workload] if isinstance(workload, Mapping) else list(workload)
-    if not batches or not all(isinstance(batch, Mapping) and batch for batch in batches):
-        raise ValueError("workload holds no batches; a batch is a mapping of forward's arguments")
-    shapes = sorted({"x".join(map(str, next(iter(batch.values())).shape[:2])) for batch in batches})
-    count = f"{len(batches)} batches" if len(batches) > 1 else "a batch"
-    return [dict(batch) for batch in batches], f"{count} of {shapes[0]}" + (
-        f" to {shapes[-1]}" if len(shapes) > 1 else ""
-    )
+        shutil.rmtree(place, ignore_errors=True)
+        return place
 
 
 def _read_back(folder: Path, identity: Mapping[str, str]) -> dict[str, SweepPoint]:

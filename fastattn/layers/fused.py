@@ -40,7 +40,7 @@ def project(x: Tensor, projections: list[nn.Module]) -> list[Tensor]:
     if len(projections) > 1 and all(is_plain(each, QuantizedLinear) for each in projections):
         return ops.quantized_linears(
             x,
-            [each.packed for each in projections],  # type: ignore[misc]
+            [each.packed_weight for each in projections],  # type: ignore[misc]
             [each.bias for each in projections],  # type: ignore[misc]
         )
     if runs_in_pytorch(x):
@@ -67,6 +67,8 @@ class FusedLayer(nn.Module):
     """Base of every swapped-in class; `fastattn_original` is the class it takes the place of."""
 
     fastattn_original: ClassVar[type[nn.Module]]
+    # Of the submodules that `project` multiplies one input by together, where it does.
+    projection_names: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
         # Submodules and parameters are the original's.

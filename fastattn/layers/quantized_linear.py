@@ -111,7 +111,23 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        """The weight as `ops.quantized_linear` takes it: the same tensors."""
+        """The weight as `ops.quantized_linear` takes it: the same tensors.
+
+        Making it takes longer than a token's product, so it is made once for the same tensors. Whoever puts
+        others in place (`.to`, a loader, `functional_call`) is noticed.
+        """
+        if torch.compiler.is_compiling():
+            return self._packed()
+        buffers = self._buffers
+        made = self.__dict__.get("_made")
+        if made is None or not all(each is buffers[name] for name, each in made[0].items()):
+            # The layout changes with the tensor, never without.
+            made = (dict(buffers), self._packed())
+            self.__dict__["_made"] = made
+        packed: PackedWeight = made[1]
+        return packed
+
+    def _packed(self) -> PackedWeight:
         buffers = self._buffers
         values: Any = buffers["weight"]
         return PackedWeight(
@@ -147,24 +163,7 @@ class QuantizedLinear(nn.Linear):
             input: floating point.
             activation: None, "gelu", "gelu_tanh", "relu" or "silu", applied to the product.
         """
-        return ops.quantized_linear(input, self.packed, self.bias, activation)
-
-    @property
-    def packed(self) -> PackedWeight:
-        """`packed_weight`, which takes longer to make than a token's product, made once for the same tensors.
-
-        Whoever puts other tensors in place (`.to`, a loader, `functional_call`) is noticed.
-        """
-        if torch.compiler.is_compiling():
-            return self.packed_weight
-        buffers = self._buffers
-        made = self.__dict__.get("_made")
-        if made is None or not all(each is buffers[name] for name, each in made[0].items()):
-            # The layout changes with the tensor, never without.
-            made = (dict(buffers), self.packed_weight)
-            self.__dict__["_made"] = made
-        packed: PackedWeight = made[1]
-        return packed
+        return ops.quantized_linear(input, self.packed_weight, self.bias, activation)
 
     def dequantized(self) -> nn.Linear:
         """An `nn.Linear` of the same bias whose float32 weight is the numbers this layer stands for."""

@@ -20,6 +20,7 @@ __all__ = ["FAMILY"]
 
 class GPTNeoSelfAttention(FusedLayer, modeling_gpt_neo.GPTNeoSelfAttention):
     fastattn_original = modeling_gpt_neo.GPTNeoSelfAttention
+    projection_names = ("q_proj", "k_proj", "v_proj")
 
     def forward(
         self,
@@ -39,7 +40,7 @@ class GPTNeoSelfAttention(FusedLayer, modeling_gpt_neo.GPTNeoSelfAttention):
         shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
         query, key, value = (
             x.view(shape).transpose(1, 2)
-            for x in project(hidden_states, [self.q_proj, self.k_proj, self.v_proj])
+            for x in project(hidden_states, [getattr(self, name) for name in self.projection_names])
         )
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_id)

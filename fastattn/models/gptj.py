@@ -20,6 +20,7 @@ __all__ = ["FAMILY"]
 
 class GPTJAttention(FusedLayer, modeling_gptj.GPTJAttention):
     fastattn_original = modeling_gptj.GPTJAttention
+    projection_names = ("q_proj", "k_proj", "v_proj")
 
     @classmethod
     def cannot_replace(cls, module: nn.Module) -> str | None:
@@ -46,7 +47,7 @@ class GPTJAttention(FusedLayer, modeling_gptj.GPTJAttention):
         shape = (*hidden_states.shape[:2], self.num_attention_heads, self.head_dim)
         query, key, value = (
             x.view(shape).transpose(1, 2)
-            for x in project(hidden_states, [self.q_proj, self.k_proj, self.v_proj])
+            for x in project(hidden_states, [getattr(self, name) for name in self.projection_names])
         )
         positions = self.embed_positions.to(position_ids.device)[position_ids]
         # Each angle twice: once for either element of its pair.

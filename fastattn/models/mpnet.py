@@ -38,6 +38,7 @@ def _residual_norm(norm: nn.Module, x: Tensor, dropout: nn.Module, residual: Ten
 
 class MPNetSelfAttention(FusedLayer, modeling_mpnet.MPNetSelfAttention):
     fastattn_original = modeling_mpnet.MPNetSelfAttention
+    projection_names = ("q", "k", "v")
 
     def forward(
         self,
@@ -49,7 +50,8 @@ class MPNetSelfAttention(FusedLayer, modeling_mpnet.MPNetSelfAttention):
     ) -> tuple[Tensor, ...]:
         shape = (*hidden_states.shape[:2], -1, self.attention_head_size)
         query, key, value = (
-            x.view(shape).transpose(1, 2) for x in project(hidden_states, [self.q, self.k, self.v])
+            x.view(shape).transpose(1, 2)
+            for x in project(hidden_states, [getattr(self, name) for name in self.projection_names])
         )
         out, weights = attention_forward(
             self,

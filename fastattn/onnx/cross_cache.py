@@ -17,6 +17,9 @@ from torch import Tensor
 
 __all__ = ["cached_or_fresh", "choose", "is_chosen", "move_into_branches"]
 
+# A quantized layer has one of the latter three.
+_PRODUCTS = ("Gemm", "MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
+
 
 @torch.library.custom_op("fastattn_onnx::cached_or_fresh", mutates_args=())
 def cached_or_fresh(use_cache: Tensor, cached: list[Tensor], fresh: list[Tensor]) -> list[Tensor]:
@@ -83,7 +86,7 @@ def _pull(outer: Any, branch: Any) -> int:
             continue
         outer.remove(maker)
         branch.insert_before(branch[0], maker)
-        products += maker.op_type in ("Gemm", "MatMul")
+        products += maker.op_type in _PRODUCTS
         waiting += maker.inputs
     return products
 

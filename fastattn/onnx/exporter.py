@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastattn.onnx.convert import Converted
     from fastattn.onnx.graph_spec import GraphSpec, Source
 
-__all__ = ["ExportResult", "export"]
+__all__ = ["ExportResult", "checked_target", "export"]
 
 # A protobuf file ends at 2 GiB; above this the weights go beside the graph.
 EXTERNAL_DATA_BYTES = 2**31 - 2**24
@@ -90,7 +90,7 @@ def export(
         ...     fastattn.export(transformers.BertModel(config), folder, verify=False).fusions["attention"]
         1
     """
-    chosen = _checked_target(precision, target, calibration)
+    chosen = checked_target(precision, target, calibration)
     batches = None if calibration is None else list(calibration)
     if tokenizer is None:
         tokenizer = (
@@ -179,7 +179,12 @@ def export(
     )
 
 
-def _checked_target(precision: str, target: str, calibration: Any) -> Target:
+def checked_target(precision: str, target: str, calibration: Any = None) -> Target:
+    """The target of that name.
+
+    Raises:
+        ValueError: it or the precision is unknown, the two do not go together, or calibration is for neither.
+    """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, PRECISIONS))}")
     if target not in TARGETS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,24 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier, a language model, an encoder, and texts for them."""
+    """A classifier, a language model, an encoder, encoder-decoders, and texts for them."""
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("models")
     sizes = dict(vocab_size=12, hidden_size=64, num_attention_heads=4, intermediate_size=128)
     bert = transformers.BertConfig(**sizes, num_hidden_layers=2, max_position_embeddings=32)
     gpt = transformers.GPT2Config(vocab_size=12, n_positions=32, n_embd=64, n_layer=2, n_head=4)
+    t5 = transformers.T5Config(
+        vocab_size=12, d_model=64, d_kv=16, num_heads=4, d_ff=128, num_layers=2, decoder_start_token_id=0
+    )
+    bart = transformers.BartConfig(
+        vocab_size=12, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, max_position_embeddings=32,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=3,
+    )  # fmt: skip
     for name, model in {
+        "t5": transformers.T5ForConditionalGeneration(t5),
+        "bart": transformers.BartForConditionalGeneration(bart),
+        "headless": transformers.T5Model(t5),
         "classifier": transformers.BertForSequenceClassification(bert),
         "language": transformers.GPT2LMHeadModel(gpt),
         "encoder": transformers.BertModel(bert),
@@ -49,6 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = ["a very good film\t1", "the plot not good\t0", "good\t1", "a bad very bad film the plot\t0"] * 6
     (place / "labelled.tsv").write_text("\n".join(lines), encoding="utf-8")
     (place / "plain.txt").write_text("\n".join(line[:-2] for line in lines), encoding="utf-8")
+    pairs = [f"{line[:-2]}\t{' '.join(reversed(line[:-2].split()))}" for line in lines]
+    (place / "pairs.tsv").write_text("\n".join(pairs), encoding="utf-8")
+    (place / "unpaired.tsv").write_text("\n".join([*pairs[:2], "no target"]), encoding="utf-8")
     return place
 
 
@@ -100,6 +115,8 @@ POINTS = [{"prune": {"ffn": 0.5}}, {"prune": {"ffn": 0.5}, "quantize": "int8", "
         ("classifier", "labelled.tsv", "accuracy"),
         ("language", "plain.txt", "perplexity"),
         ("encoder", "plain.txt", "cosine"),
+        ("t5", "pairs.tsv", "perplexity"),
+        ("bart", "pairs.tsv", "perplexity"),
     ],
 )
 def test_compress_prunes_recovers_quantizes_and_measures(
@@ -131,6 +148,30 @@ def test_compress_prunes_recovers_quantizes_and_measures(
     assert again["points"] == result["points"]
 
 
+def test_an_encoder_decoders_score_is_the_perplexity_of_the_targets_exported_or_not(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "points.json").write_text(json.dumps([{"export": "fp32"}]), encoding="utf-8")
+    pairs = folder / "pairs.tsv"
+    options = ("--points", tmp_path / "points.json", "--epochs", "1", "--batch-size", "8", "--json")
+    files = ("--train", pairs, "--evaluate", pairs, "--output", tmp_path / "out")
+    assert call("compress", folder / "t5", *files, *options) == 0
+    untouched, exported = json.loads(capsys.readouterr().out)["points"]
+    assert exported["status"] == "measured", exported
+    # The model's own loss, of one target at a time: a mean over its tokens.
+    model, words = fastattn.load(folder / "t5"), tokenizer()
+    loss, count = 0.0, 0
+    for line in pairs.read_text(encoding="utf-8").splitlines():
+        source, target = (words(each, return_tensors="pt")["input_ids"] for each in line.split("\t"))
+        with torch.no_grad():
+            loss += float(model(input_ids=source, labels=target).loss) * target.numel()
+        count += target.numel()
+    assert untouched["score"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+    assert exported["score"] == pytest.approx(untouched["score"], rel=1e-4)
+    assert (tmp_path / "out" / exported["folder"] / "decoder_model_merged.onnx").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -147,6 +188,10 @@ def test_compress_prunes_recovers_quantizes_and_measures(
          "cannot be read"),
         (("compress", "language", "--train", "plain.txt", "--evaluate", "plain.txt", "--output", "new",
           "--seq", "5000"), "a window takes 5000"),
+        (("compress", "t5", "--train", "unpaired.tsv", "--evaluate", "pairs.tsv", "--output", "new"),
+         "text 3 is 'no target'; an encoder-decoder's are a source, a tab and its target"),
+        (("compress", "headless", "--train", "pairs.tsv", "--evaluate", "pairs.tsv", "--output", "new"),
+         "no head that predicts a target"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_one_line_and_leave_nothing(

@@ -157,6 +157,19 @@ def test_generates_with_a_quantized_cache(tmp_path):
         assert quantized_cache_kind(again) == "int8"
 
 
+def test_a_quantized_cache_alone_is_restored():
+    model = gpt2()
+    fastattn.quantize(model, "int8", kv_cache="int8", exclude="*")
+    assert quantized_cache_kind(model) == "int8"
+    fastattn.restore(model)
+    assert quantized_cache_kind(model) is None
+    # What was kept then is not what a later call kept.
+    fastattn.quantize(model, "int8", kv_cache="int8", exclude="*")
+    fastattn.quantize(model, "int8")
+    with pytest.raises(ValueError, match="not kept"):
+        fastattn.restore(model)
+
+
 def test_restore_and_shared_configs():
     """Another model built of the same config hears nothing of it."""
     config = transformers.BertConfig(

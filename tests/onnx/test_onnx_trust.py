@@ -16,8 +16,8 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from fastattn.onnx import exporter
-from fastattn.onnx.checks import precision as precision_check
 from fastattn.onnx.checks import speed
+from fastattn.verification.likeness import ROW_GATES
 
 
 @pytest.fixture(autouse=True)
@@ -95,13 +95,13 @@ def test_the_loss_of_precision_is_measured_and_gated(new_bert, tmp_path, monkeyp
     model = new_bert()
     result = fastattn.export(model, tmp_path / "int8", precision="int8")
     assert result.verification.passed
-    assert precision_check.GATES["int8"] <= result.loss["cosine_mean"] < 1
+    assert ROW_GATES["int8"] <= result.loss["cosine_mean"] < 1
     assert result.decisions
     assert "cosine, mean" in result.table()
     manifest = json.loads((tmp_path / "int8" / "fastattn.json").read_text(encoding="utf-8"))
     assert manifest["verification"]["loss"] == result.loss
     assert manifest["decisions"] == list(result.decisions)
-    monkeypatch.setitem(precision_check.GATES, "int8", 1.0)
+    monkeypatch.setitem(ROW_GATES, "int8", 1.0)
     with pytest.raises(fastattn.VerificationError, match=r"int8 must keep 1\.0"):
         fastattn.export(model, tmp_path / "strict", precision="int8")
     assert not (tmp_path / "strict").exists()

@@ -82,14 +82,14 @@ class Work(ABC):
     def _gate(self, precision: str, untouched: Runner | None) -> float:
         if precision == "fp32":
             return self.tolerance
-        # Gates of exports in int8 and the like, on the mean cosine of rows.
-        from fastattn.onnx.checks.precision import GATES
+        # Gates of exports in int8 and the like.
+        from fastattn.verification.likeness import ROW_GATES
 
         if precision not in DTYPES:
-            if precision not in GATES:
-                accepted = ", ".join((*DTYPES, *GATES))
+            if precision not in ROW_GATES:
+                accepted = ", ".join((*DTYPES, *ROW_GATES))
                 raise ValueError(f"precision is {precision!r}; it must be one of {accepted}")
-            return 1 - GATES[precision]
+            return 1 - ROW_GATES[precision]
         if untouched is None:
             raise ValueError(f"the limit of {precision} takes the untouched model in {precision}")
         prepared = self.prepared(untouched, precision)

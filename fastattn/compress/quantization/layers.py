@@ -12,7 +12,7 @@ from fastattn.compress.quantization.report import QuantizedLayerReport
 from fastattn.compress.quantization.sensitivity import output_error
 from fastattn.compress.quantization.settings import QuantizationSettings
 from fastattn.compress.quantization.speed import REPORT_ROWS, Stopwatch
-from fastattn.compress.quantization.targets import Target
+from fastattn.compress.quantization.targets import Target, is_read_in_parts
 from fastattn.layers import QuantizedLinear
 from fastattn.ops import PackedWeight, prepare, quantize_absmax
 
@@ -86,7 +86,9 @@ class LayerQuantizer:
         error = output_error(target.layer, packed, rows)
         if not error <= self.settings.limit:
             return kept(target, f"its error is above {100 * self.settings.limit:g}%", error)
-        times = self._stopwatch.times(weight, target.bias, packed)
+        # With `faster_at` the caller's own number of rows has been timed.
+        timed = self.settings.faster_at is not None
+        times = {} if timed else self._stopwatch.times(weight, target.bias, packed)
         self._replace(target, packed)
         fp32_ms, quantized_ms = times.get(REPORT_ROWS, (None, None))
         return QuantizedLayerReport(
@@ -119,8 +121,7 @@ class LayerQuantizer:
         packed, method = packed_by(self.settings, weight, hessian)
         if scales is not None:
             packed = replace(packed, input_scales=scales.float())
-        # An attention layer's joint projection is also read in parts, for which it must be plain.
-        if all(attribute != "in_proj" for _, attribute in target.places):
+        if not is_read_in_parts(target):
             packed = prepare(packed)
         if shared:
             self._shared[id(parameter)] = (parameter, packed, method)

@@ -16,7 +16,7 @@ from fastattn.swap import ORIGINAL_CONFIG
 if TYPE_CHECKING:
     from fastattn.compress.quantization.smoothquant import Smoothing
 
-__all__ = ["Originals", "is_quantized", "put_back", "record_of"]
+__all__ = ["Originals", "detach", "is_quantized", "put_back", "record_of"]
 
 # Instance attribute of the model: its record.
 _RECORD = "_fastattn_quantized"
@@ -110,6 +110,11 @@ def record_of(model: nn.Module) -> Originals | None:
     return record
 
 
+def detach(model: nn.Module) -> None:
+    """Forget an earlier record."""
+    model.__dict__.pop(_RECORD, None)
+
+
 def put_back(model: nn.Module) -> None:
     """Undo `fastattn.quantize`, from the layers it kept.
 
@@ -125,4 +130,4 @@ def put_back(model: nn.Module) -> None:
             "quantize with keep_original=True to be able to restore"
         )
     record.undo(model)
-    model.__dict__.pop(_RECORD)
+    detach(model)

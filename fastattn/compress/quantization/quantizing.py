@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from fastattn.compress.calibration import Calibration
 from fastattn.compress.quantization.layers import LayerQuantizer, kept
-from fastattn.compress.quantization.originals import Originals, is_quantized
+from fastattn.compress.quantization.originals import Originals, detach, is_quantized
 from fastattn.compress.quantization.projections import (
     fold_projections,
     has_folded_projections,
@@ -20,6 +21,7 @@ from fastattn.compress.quantization.projections import (
 )
 from fastattn.compress.quantization.report import QuantizationReport, QuantizedLayerReport
 from fastattn.compress.quantization.settings import QuantizationSettings
+from fastattn.compress.quantization.speed import Comparison, compare_layers, rows_of
 from fastattn.compress.quantization.targets import Target, check_exclude, find_targets, is_open_attention
 from fastattn.layers import QuantizedLinear
 from fastattn.swap import check_model
@@ -39,6 +41,7 @@ def quantize(
     smooth: float | None = None,
     max_error: float | None = None,
     kv_cache: str | None = None,
+    faster_at: int | None = None,
 ) -> QuantizationReport:
     """Quantize the linear layers of `model`, in place and one at a time; before or after `optimize`.
 
@@ -69,6 +72,10 @@ def quantize(
         max_error: layers with a relative error `||y - y_q|| / ||y||` above it stay: of their outputs on the
             calibration, without one of their weight. None: 0.03 for int8, 0.25 for int4, 0.08 for fp8.
         kv_cache: "int8" or "fp8": `generate` keeps keys and values in it.
+        faster_at: rows a layer multiplies at once where the model will run (the real tokens of a batch; 1
+            where one sequence is generated). A layer that is not faster quantized at so many, timed on this
+            machine as `model` runs it now (so `optimize` first), stays; so does one that gains less
+            than 5%, which is noise. None: layers are quantized whatever their speed.
 
     Returns:
         The report: every linear layer with its error, bytes, and time beside fp32, and why some stay.
@@ -78,6 +85,7 @@ def quantize(
         ValueError: an argument that is none of the accepted values, calibration that is needed and missing, a
             model that is quantized already or has no linear layer, or a pattern in `exclude` that matches
             nothing. The model is then untouched.
+        RuntimeError: a layer cannot be run at `faster_at` rows; the model is untouched, too.
 
     Example:
         >>> import fastattn, transformers
@@ -90,7 +98,14 @@ def quantize(
     check_model(model)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     settings = QuantizationSettings(
-        scheme, group_size, method, smooth, max_error, kv_cache, calibrated=calibration is not None
+        scheme,
+        group_size,
+        method,
+        smooth,
+        max_error,
+        kv_cache,
+        faster_at,
+        calibrated=calibration is not None,
     )
     _check_not_quantized(model)
     check_exclude([name for name, _ in model.named_modules()], exclude)
@@ -114,8 +129,15 @@ def quantize(
         if keep_original or not originals.replaced:
             originals.undo(model)
         raise
-    if keep_original:
+    if faster_at is not None and not report.quantized:
+        originals.undo(model)
+        if kv_cache is not None:
+            report.notes.append(f"kv_cache {kv_cache!r} is not used, for no layer is quantized")
+    elif keep_original or not originals.replaced:
+        # Nothing is lost where no layer was replaced: the cache may be all there is to undo.
         originals.attach(model)
+    else:
+        detach(model)
     report.notes.extend(_notes(model, settings, report))
     return report
 
@@ -149,14 +171,23 @@ def _quantized(
     for attention in attentions:
         open_attention(attention, originals)
     targets = find_targets(model, exclude)
+    compared: dict[str, Comparison] = {}
+    if settings.faster_at is not None:
+        compared = compare_layers([target for target in targets if not target.reason], settings)
+        targets = [_kept_if_slow(target, compared.get(target.name)) for target in targets]
+    if all(target.reason for target in targets):
+        batches = None
     input_scales: Mapping[str, Tensor] = {}
-    if settings.smooth is not None:
-        assert batches is not None
+    if settings.smooth is not None and batches is not None:
         input_scales = _smoothed(model, targets, batches, settings.smooth, originals)
     quantizer = LayerQuantizer(settings, originals, input_scales)
     report = QuantizationReport()
-    entries = quantize_targets(model, targets, quantizer, batches)
-    report.layers.extend(entries)
+    for entry in quantize_targets(model, targets, quantizer, batches):
+        report.layers.append(_with_times(entry, compared.get(entry.name)))
+    if settings.faster_at is not None and compared and not any(each.is_faster for each in compared.values()):
+        report.notes.append(
+            f"nothing is quantized: no layer would be faster at {rows_of(settings.faster_at)} on this machine"
+        )
     for attention in attentions:
         close_attention(attention, originals)
     guard_fast_paths(model, originals)
@@ -165,6 +196,16 @@ def _quantized(
 
         describe(model, settings, exclude, originals)
     return report
+
+
+def _kept_if_slow(target: Target, compared: Comparison | None) -> Target:
+    return target if compared is None or compared.is_faster else replace(target, reason=str(compared))
+
+
+def _with_times(entry: QuantizedLayerReport, compared: Comparison | None) -> QuantizedLayerReport:
+    if compared is None:
+        return entry
+    return replace(entry, fp32_ms=compared.float_ms, quantized_ms=compared.quantized_ms, rows=compared.rows)
 
 
 def quantize_targets(

@@ -29,6 +29,7 @@ class QuantizationSettings:
         smooth: SmoothQuant's alpha in [0, 1] for "int8" and "fp8", needs calibration; None: not smoothed.
         max_error: a layer whose relative error is above is kept; None: `MAX_ERRORS` of the scheme.
         kv_cache: None, "int8" or "fp8": what `generate` keeps keys and values in.
+        faster_at: a layer that is not faster quantized at so many rows is kept; None: whatever its speed.
         calibrated: whether calibration data is there.
 
     Raises:
@@ -41,6 +42,7 @@ class QuantizationSettings:
     smooth: float | None = None
     max_error: float | None = None
     kv_cache: str | None = None
+    faster_at: int | None = None
     calibrated: bool = False
 
     def __post_init__(self) -> None:
@@ -66,6 +68,11 @@ class QuantizationSettings:
                 raise ValueError("smooth needs calibration: batches the model is run on")
         if self.max_error is not None and not self.max_error > 0.0:
             raise ValueError(f"max_error is {self.max_error}; it must be above 0 (0.05 allows 5%)")
+        rows = self.faster_at
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise ValueError(
+                f"faster_at is {rows!r}; it must be a whole number of rows, 1 or more: the tokens of a batch"
+            )
 
     @property
     def limit(self) -> float:

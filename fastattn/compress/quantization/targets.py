@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastattn.layers import MultiheadAttention, QuantizedLinear
 from fastattn.layers.plain import is_plain
 
-__all__ = ["Target", "check_exclude", "find_targets", "is_conv1d", "is_open_attention"]
+__all__ = ["Target", "check_exclude", "find_targets", "is_conv1d", "is_open_attention", "is_read_in_parts"]
 
 # Subclasses of nn.Linear with a forward of their own that computes the same.
 _LINEAR_ALIKE = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
@@ -97,6 +97,11 @@ def is_conv1d(layer: nn.Module) -> bool:
 def is_open_attention(layer: nn.Module) -> bool:
     """Whether the projections of this attention layer may be replaced: it is torch.nn's own or ours."""
     return type(layer) in (nn.MultiheadAttention, MultiheadAttention)
+
+
+def is_read_in_parts(target: Target) -> bool:
+    """Whether it is an attention layer's joint projection, whose quantized weight must be plain for that."""
+    return any(attribute == "in_proj" for _, attribute in target.places)
 
 
 def _kind(layer: nn.Module) -> str | None:

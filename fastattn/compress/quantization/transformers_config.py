@@ -20,8 +20,8 @@ class FastattnConfig(QuantizationConfigMixin):
 
     Args:
         scheme: "int8", "int8-weight", "int4-weight" or "fp8".
-        group_size, method, max_error, kv_cache: as `fastattn.quantize` has them; "gptq" needs batches to run
-            the model on, so it is `fastattn.quantize`'s alone.
+        group_size, method, max_error, kv_cache: as `fastattn.quantize` has them. "gptq" needs batches to run
+            the model on, and `faster_at` a float model to time: both are `fastattn.quantize`'s alone.
         exclude: names of modules that stay, with shell wildcards.
         layers: names of the quantized layers of a saved model; None in a request.
         smoothed: those of them that divide their inputs by a scale of their own.

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from fastattn.onnx.graph_spec import Source
 from fastattn.onnx.runtime.plain import OnnxModel
 from fastattn.verification import adversarial_batches
+from fastattn.verification.batches import Drawing
 from fastattn.verification.comparison import named_tensors
+from fastattn.verification.likeness import JUDGED_ROWS
 
 __all__ = ["WholeForward"]
 
@@ -44,7 +46,11 @@ class WholeForward:
         """Batches with and without padding by case."""
         if self._source.kind == "module":
             return {"the example": self.typical()}
-        batches = adversarial_batches(self._source.reference)
+        drawing = Drawing(self._source.reference)
+        batches = drawing.batches()
+        if not drawing.sides:
+            # Three images or recordings are too few to judge labels by.
+            batches["many rows"] = drawing.batch([1] * JUDGED_ROWS, 1)
         return {case: self.batch(batch) for case, batch in batches.items()}
 
     def batch(self, batch: Batch) -> dict[str, Tensor]:

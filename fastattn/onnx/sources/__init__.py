@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastattn.onnx.graph_spec import Source
 
-__all__ = ["prepare"]
+__all__ = ["exports_as", "prepare"]
 
 # The architectures whose models read a text in both directions unless their config says otherwise.
 _ENCODERS = (
@@ -35,14 +35,18 @@ def prepare(model: Any, task: str | None, example_inputs: Mapping[str, Tensor] |
     Raises:
         TypeError, ValueError: what is wrong with the model, the task or the example.
     """
-    prepared: Source = import_module(f"{__name__}.{_file(model, example_inputs)}").prepare(
+    prepared: Source = import_module(f"{__name__}.{exports_as(model, example_inputs)}").prepare(
         model, task, example_inputs
     )
     return prepared
 
 
-def _file(model: Any, example_inputs: Mapping[str, Tensor] | None) -> str:
-    """The file here for a model, by what its class and config say of it."""
+def exports_as(model: Any, example_inputs: Mapping[str, Tensor] | None) -> str:
+    """The file here for a model, by what its class and config say of it.
+
+    Raises:
+        TypeError, ValueError: the model is not one that exports with (or without) these inputs.
+    """
     from fastattn.models import families_in, known_families
     from fastattn.onnx.sources.copies import is_custom
     from fastattn.verification.batches import forward_parameters
