@@ -22,7 +22,7 @@ from fastattn.compress import recover, sweep
 
 Rows = list[tuple[str, int]]
 
-_BATCH = 32
+_BATCH, _RECOVERY_BATCH = 32, 128
 # Batches of dev sentences, as they come, that are timed one after another.
 _TIMED = 4
 _CALIBRATION = 128
@@ -112,9 +112,11 @@ def compress(folder: Path, epochs: int) -> int:
         calibration.append({**batch, "labels": torch.tensor([label for _, label in some])})
 
     def recovered(student: Any, teacher: Any, place: Path) -> None:
+        # Half of all weights, and none of them pruned.
+        student.get_input_embeddings().requires_grad_(False)
         report = recover(
-            student, teacher, recovery_rows(tokenizer), output_dir=place, epochs=epochs, learning_rate=4e-4,
-            batch_size=_BATCH, tokenizer=tokenizer, precision="bf16",
+            student, teacher, recovery_rows(tokenizer), output_dir=place, epochs=epochs, learning_rate=5e-4,
+            batch_size=_RECOVERY_BATCH, tokenizer=tokenizer, precision="bf16",
         )  # fmt: skip
         print(report.table())
 
@@ -152,7 +154,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the folder of the checkpoints")
     parser.add_argument("--train-only", action="store_true", help="fine-tune, and compress nothing")
-    parser.add_argument("--epochs", type=int, default=2, help="of each recovery (default 2)")
+    parser.add_argument("--epochs", type=int, default=3, help="of each recovery (default 3)")
     args = parser.parse_args()
     if not (args.output / "config.json").is_file():
         train(args.output)

@@ -60,7 +60,7 @@ def recover(
         tokenizer: pads rows of unequal length, and is saved beside the model.
         metrics: as `Trainer`'s `compute_metrics`: an `EvalPrediction` to named figures.
         seed: of the batches and of dropout; the global generators are set to it, as `Trainer` does.
-        precision: "fp32", or "bf16": products in bfloat16, weights in float32.
+        precision: "fp32", or "bf16": products in bfloat16, the teacher's too; weights in float32.
 
     Returns:
         The report.

@@ -108,6 +108,8 @@ class Recovery:
             independent=kind in ("regression", "multi_label_classification"),
             encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
         )
+        self.device = next(self.student.parameters()).device.type
+        self.halves = self.settings["precision"] == "bf16"
         self.steps = self.settings["epochs"] * -(-len(self.train_rows) // self.settings["batch_size"])
 
     def loss(self, student: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
@@ -129,7 +131,8 @@ class Recovery:
             parts.append(own)
         if teaches:
             assert self.teacher is not None
-            with torch.no_grad():
+            # The trainer casts in the model it trains alone.
+            with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, self.halves):
                 taught = self.teacher(**inputs, **more)
             parts.append(self.distillation.loss(output, taught, inputs))
         return torch.stack(parts).sum(), output
@@ -260,8 +263,8 @@ class Recovery:
             save_steps=min(_MOST_STEPS, -(-self.steps // _SAVES)),
             logging_steps=max(1, self.steps // (5 * _SAVES)),
             seed=self.settings["seed"],
-            bf16=self.settings["precision"] == "bf16",
-            use_cpu=next(self.student.parameters()).device.type == "cpu",
+            bf16=self.halves,
+            use_cpu=self.device == "cpu",
         )
 
 
