@@ -23,13 +23,15 @@ SHAPES = [(768, 3072), (4096, 14336)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @contenders(PYTORCH, SPARSE)
 def test_linear(versus: Any, device: str, shape: tuple[int, int], rows: int) -> None:
-    model = nn.Sequential(nn.Linear(*shape)).to(device, torch.bfloat16)
+    # The second is an output head to `prune_2_4`, which leaves it alone.
+    model = nn.Sequential(nn.Linear(*shape), nn.Linear(shape[1], 64)).to(device, torch.bfloat16)
     prune_2_4(model)
-    whole = copy.deepcopy(model)
-    whole[0].__class__ = nn.Linear
+    layer = model[0]
+    whole = copy.deepcopy(layer)
+    whole.__class__ = nn.Linear
     x = torch.randn(rows, shape[0], device=device, dtype=torch.bfloat16)
     versus(
         f"{shape[0]} x {shape[1]}, {rows} rows",
-        {PYTORCH: lambda: whole(x), SPARSE: lambda: model(x)},
+        {PYTORCH: lambda: whole(x), SPARSE: lambda: layer(x)},
         tolerance=4 * torch.finfo(torch.bfloat16).eps,
     )
