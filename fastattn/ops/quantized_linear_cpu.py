@@ -41,8 +41,8 @@ _UNITS = {2: 32639.0, 3: 8355000.0}
 _DEQUANTIZED_ROWS = 512
 # Numbers of a result that are worked on at once.
 _WORK_SPACE = 1 << 23
-# Numbers that are rounded at a time where there are more than twice as many: 1670 x 1536 take 0.79 ms, and 1.07
-# at once, whose passes and new pages go to memory; 1670 x 384 0.25 and 0.21.
+# Numbers that are rounded at a time where there are more than twice as many: 1670 x 1536 take 0.79 ms, and
+# 1.07 at once, whose passes and new pages go to memory; 1670 x 384 0.25 and 0.21.
 _ROUNDED_AT_ONCE = 256 * 1536
 # From here on two reductions take less than one of a new tensor of magnitudes: 0.061 ms for 0.109 at
 # 480 x 1536, 0.021 for 0.020 at 480 x 384.
