@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ class TextTask:
                 encoder-decoder that writes text.
         """
         kind = kind_of(model)
-        if kind == "encoder-decoder" and "labels" not in inspect.signature(model.forward).parameters:
+        if kind == "encoder-decoder" and model.get_output_embeddings() is None:
             raise UserError(
                 f"{type(model).__name__} has no head that predicts a target; call fastattn.compress.sweep "
                 "from Python"

@@ -52,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "t5": transformers.T5ForConditionalGeneration(t5),
         "bart": transformers.BartForConditionalGeneration(bart),
         "headless": transformers.T5Model(t5),
+        "labels": transformers.T5ForSequenceClassification(t5),
         "classifier": transformers.BertForSequenceClassification(bert),
         "language": transformers.GPT2LMHeadModel(gpt),
         "encoder": transformers.BertModel(bert),
@@ -191,6 +192,8 @@ def test_an_encoder_decoders_score_is_the_perplexity_of_the_targets_exported_or_
         (("compress", "t5", "--train", "unpaired.tsv", "--evaluate", "pairs.tsv", "--output", "new"),
          "text 3 is 'no target'; an encoder-decoder's are a source, a tab and its target"),
         (("compress", "headless", "--train", "pairs.tsv", "--evaluate", "pairs.tsv", "--output", "new"),
+         "no head that predicts a target"),
+        (("compress", "labels", "--train", "pairs.tsv", "--evaluate", "pairs.tsv", "--output", "new"),
          "no head that predicts a target"),
     ],
 )  # fmt: skip
