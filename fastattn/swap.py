@@ -45,6 +45,8 @@ MODES = ("auto", "inference", "training")
 ORIGINAL_CONFIG = "_fastattn_original_config"
 _PADDING = "fastattn_padding"
 _THRESHOLD = "fastattn_threshold"
+# The attribute of a quantized model with what it was; `compress.quantization.originals` sets it.
+QUANTIZED = "_fastattn_quantized"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ def optimize(
     if cuda_graphs:
         raise ValueError("cuda_graphs=True is not available in this version; leave it False")
     planned = _plan(model, tuple([exclude] if isinstance(exclude, str) else exclude))
-    tuning = _tuning(model) if mode == "auto" else None
+    # What was measured on the device that the model is on.
+    device = next((parameter.device.type for parameter in model.parameters()), "")
+    tuning = stored(device) if mode == "auto" else None
     changed: list[nn.Module] = []
     try:
         _apply(model, planned, padding, tuning, changed)
@@ -157,12 +161,6 @@ def optimize(
     return planned.report
 
 
-def _tuning(model: nn.Module) -> Tuning | None:
-    """What `fastattn tune` measured on this machine's device that the model is on."""
-    device = next((parameter.device.type for parameter in model.parameters()), "")
-    return stored(device) if device in ("cpu", "cuda") else None
-
-
 def restore(model: nn.Module) -> None:
     """Put back the classes and the config object `model` had before `optimize`, and the float layers it had
     before `quantize(keep_original=True)`; a model never changed is left alone.
@@ -176,9 +174,7 @@ def restore(model: nn.Module) -> None:
     """
     check_model(model)
     # Quantizing may have left every layer and changed the cache alone.
-    quantization = sys.modules.get("fastattn.compress.quantization.originals")
-    recorded = quantization is not None and quantization.record_of(model) is not None
-    if recorded or any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if QUANTIZED in model.__dict__ or any(isinstance(each, QuantizedLinear) for each in model.modules()):
         from fastattn.compress.quantization.originals import put_back
 
         put_back(model)

@@ -55,8 +55,8 @@ def load(machine: Machine) -> Tuning | None:
 
 
 def stored(device: str) -> Tuning | None:
-    """`load` of the machine this is, as tensors of `device` ("cpu" or "cuda") see it."""
-    if not machines():
+    """`load` of the machine this is, as tensors of `device` see it; None for any but "cpu" and "cuda"."""
+    if device not in ("cpu", "cuda") or not machines():
         return None
     from fastattn.tuning.machine import this_machine
 

@@ -11,15 +11,13 @@ from torch import nn
 
 from fastattn.compress.quantization.projections import fold_projections
 from fastattn.layers import QuantizedLinear
-from fastattn.swap import ORIGINAL_CONFIG
+from fastattn.swap import ORIGINAL_CONFIG, QUANTIZED
 
 if TYPE_CHECKING:
     from fastattn.compress.quantization.smoothquant import Smoothing
 
 __all__ = ["Originals", "detach", "is_quantized", "put_back", "record_of"]
 
-# Instance attribute of the model: its record.
-_RECORD = "_fastattn_quantized"
 _MISSING = "(no such attribute)"
 
 
@@ -46,7 +44,7 @@ class Originals:
     smoothing: Smoothing | None = None
 
     def attach(self, model: nn.Module) -> None:
-        model.__dict__[_RECORD] = self
+        model.__dict__[QUANTIZED] = self
 
     def replace(self, places: tuple[tuple[nn.Module, str], ...], layer: nn.Module) -> None:
         """Register `layer` in all `places`."""
@@ -106,13 +104,13 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def record_of(model: nn.Module) -> Originals | None:
-    record: Originals | None = model.__dict__.get(_RECORD)
+    record: Originals | None = model.__dict__.get(QUANTIZED)
     return record
 
 
 def detach(model: nn.Module) -> None:
     """Forget an earlier record."""
-    model.__dict__.pop(_RECORD, None)
+    model.__dict__.pop(QUANTIZED, None)
 
 
 def put_back(model: nn.Module) -> None:
